@@ -237,11 +237,21 @@ def model_folder(model: str) -> Path:
 
 def model_sha256(folder: Path) -> str:
     """Hash all that decides what a model samples: weights (in full), config, tokenizer."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    hashes = [[path.name, file_sha256(path)] for path in files if path.name != "manifest.json"]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(document: dict) -> str:
+    """Hash a document but for the sha256 in its own header."""
+    header = {k: v for k, v in document["header"].items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(document | {"header": header}).encode()).hexdigest()
 
 
 def refuse_difference(what: str, saved: dict, wanted: dict) -> None:

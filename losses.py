@@ -1,0 +1,235 @@
+"""A*-PO as mathematics: V*, log pi(y|x), the regression loss, pass@k. Pure functions, no model, no I/O.
+
+The objective is the reward with a KL penalty, max over pi of E[r(x, y)] - beta KL(pi || pi_ref). Its
+optimum pi* satisfies, for every prompt x and response y,
+
+    V*(x) = beta ln E_{y ~ pi_ref} exp(r(x, y) / beta)                                            (1)
+    beta ln(pi*(y|x) / pi_ref(y|x)) = r(x, y) - V*(x)                                             (2)
+
+so stage 1 estimates (1) from N reference responses, and stage 2 makes (2) hold by least squares,
+
+    min over pi of the mean of (beta2 ln(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2.           (3)
+
+Axes: P prompts, N responses per prompt, B sequences, R response tokens of all sequences together,
+D hidden size, V vocabulary.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def optimal_value(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
+    """Eq. (1): V* = beta1 ln((1/N) sum_i exp(r_i / beta1)), rewards (P, N) -> v_star (P,).
+
+    The mean reward for beta1 = inf, the best of the N as beta1 -> 0, in between otherwise. Computed in
+    float64 with the maximum m taken out, m + beta1 log1p(mean(expm1((r - m) / beta1))): neither
+    exp(1 / beta1) overflows nor, for a large beta1, does the logarithm of nearly 1 lose its digits.
+    Integer and boolean rewards give float32. Raises ValueError unless beta1 > 0 and N >= 1.
+    """
+    if not beta1 > 0:
+        raise ValueError(f"beta1 must be > 0 (inf is the mean reward), not {beta1}")
+    if rewards.ndim != 2 or rewards.shape[1] == 0:
+        raise ValueError(f"rewards must be (P, N) with N >= 1, not {tuple(rewards.shape)}")
+    r = rewards.to(torch.float64)
+    best = r.amax(dim=1, keepdim=True)
+    if math.isinf(beta1):
+        v_star = r.mean(dim=1)
+    else:
+        v_star = best[:, 0] + beta1 * ((r - best) / beta1).expm1().mean(dim=1).log1p()
+    return v_star.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def token_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> torch.Tensor:
+    """log softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,) float32.
+
+    `chunk` rows at a time: (R, V) logits never stand in memory, forward or backward (at V = 151,936 a
+    micro-batch of 16,384 tokens would take 9.3 GiB for one float32 copy). The logits of a chunk are
+    float32 also for bf16 inputs, whose own logits (8 bits) would carry errors of 0.1 nat and more.
+    """
+    if (
+        hidden.ndim != 2
+        or targets.shape != hidden.shape[:1]
+        or weight.shape[1:] != hidden.shape[1:]
+    ):
+        shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+        raise ValueError(f"need hidden (R, D), weight (V, D), targets (R,), not {shapes}")
+    return _TokenLogprob.apply(hidden, weight, targets, temperature, chunk)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    """Keeps each token's log normaliser; backward computes the logits of a chunk once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        log_z = torch.empty_like(logp)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            logits = _mm_float32(hidden[rows], weight.t()).div_(temperature)
+            log_z[rows] = logits.logsumexp(dim=1)
+            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_z[rows]
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            scale = grad[rows, None] / ctx.temperature
+            # d logp / d logits = (onehot(target) - softmax) / temperature, all in one buffer
+            d_logits = _mm_float32(hidden[rows], weight.t()).div_(ctx.temperature)
+            d_logits.sub_(log_z[rows, None]).exp_().mul_(-scale)
+            d_logits.scatter_add_(1, targets[rows, None], scale)
+            d_logits = d_logits.to(hidden.dtype)
+            grad_hidden[rows] = d_logits @ weight
+            grad_weight += _mm_float32(d_logits.t(), hidden[rows])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Matrix product in float32; bf16 operands keep their fast kernel on a GPU."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def sequence_logprob(token_logp: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """log pi(y|x): sum each response's tokens, EOS included; (R,), lengths (B,) -> (B,) float32.
+
+    The tokens of response b are the lengths[b] entries after those of the responses before it. Lengths
+    rather than `token != pad` say what belongs to a response: in many base models pad is EOS.
+    """
+    if token_logp.ndim != 1 or int(lengths.sum()) != len(token_logp):
+        raise ValueError(
+            f"{tuple(token_logp.shape)} tokens for lengths that sum to {lengths.sum()}"
+        )
+    owner = torch.repeat_interleave(lengths, output_size=len(token_logp))  # 0, 0, 0, 1, 1, 2, ...
+    out = token_logp.new_zeros(len(lengths), dtype=torch.float32)
+    return out.index_add(0, owner.to(out.device), token_logp.float())
+
+
+def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Deal sequences to ranks and cut each hand into micro-batches: [rank][micro-batch] -> indices.
+
+    Longest first, each to the rank with the fewest tokens, so that all finish together; a micro-batch
+    has at most `budget` tokens (or one sequence). FSDP wants as many forwards on every rank: short
+    hands end with empty micro-batches.
+    """
+    hands, tokens = [[[]] for _ in range(num_ranks)], [0] * num_ranks
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = tokens.index(min(tokens))
+        tokens[rank] += lengths[i]
+        if sum(lengths[j] for j in hands[rank][-1]) + lengths[i] > budget and hands[rank][-1]:
+            hands[rank].append([])
+        hands[rank][-1].append(i)
+    most = max(len(hand) for hand in hands)
+    return [hand + [[]] * (most - len(hand)) for hand in hands]
+
+
+def pack(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu"
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Lay B sequences end to end without padding, T tokens, for a model with `packed_attention`.
+
+    Returns the model's inputs, input_ids and position_ids (1, T), the bounds of the sequences, and
+    `rows` (R,), the places whose hidden state predicts the response tokens `targets` (R,); and the
+    responses' lengths (B,), on the CPU. A response's last token predicts nothing and is not fed.
+    """
+    ids, positions, rows, bounds = [], [], [], [0]
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids += prompt + response[:-1]
+        bounds.append(len(ids))
+        positions += range(bounds[-1] - bounds[-2])
+        rows += range(bounds[-1] - len(response), bounds[-1])
+    targets = [token for response in responses for token in response]
+    inputs = {
+        "input_ids": torch.tensor([ids], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+        "rows": torch.tensor(rows, device=device),
+        "targets": torch.tensor(targets, device=device),
+        "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32, device=device),
+        "max_length_q": max(b - a for a, b in itertools.pairwise(bounds)),
+    }
+    return inputs, torch.tensor([len(response) for response in responses])
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each packed sequence, as transformers calls it.
+
+    (1, heads, T, dim) -> (1, T, heads, dim). The causal window must be asked for: varlen_attn's default
+    is none, and transformers' own detection of packing is silent when it fails.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        options = {"window_size": (-1, 0), "enable_gqa": True}
+        return varlen_attn(q, k, v, *bounds, scale=scaling, **options)[None], None
+    # The CPU has no such kernel: pad, for the attention alone, at the end, where a causal mask hides it.
+    real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
+    padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
+    for empty, x in zip(padded, (q, k, v), strict=True):
+        empty[real] = x
+    padded = [x.transpose(1, 2) for x in padded]
+    out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2)[real][None], None
+
+
+def a_star_po_loss(
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    rewards: torch.Tensor,
+    v_star: torch.Tensor,
+    beta2: float,
+) -> torch.Tensor:
+    """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> scalar.
+
+    Sequence log-probs (sums over tokens), no importance ratio, no clipping, no normalisation. At the
+    published beta2 = 1e-3 an advantage of 0.3 is matched exactly only 300 nats from the reference, so
+    early training is a policy gradient with baseline V* and a weak pull towards the reference.
+    Raises ValueError on unequal shapes (broadcasting would be silent) or beta2 <= 0.
+    """
+    shapes = {tuple(x.shape) for x in (logp, ref_logp, rewards, v_star)}
+    if shapes != {(len(logp),)} or not beta2 > 0:
+        raise ValueError(f"need four tensors (B,) and beta2 > 0, not {shapes} and {beta2}")
+    residual = beta2 * (logp - ref_logp) - (rewards - v_star)
+    return residual.square().mean()
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that k of the n samples drawn without replacement hold a correct one, 1 - C(n-c, k)/C(n, k).
+
+    Unbiased for the pass@k of the model (Chen et al. 2021, arXiv 2107.03374); exact in integers.
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    n, c = num_samples, num_correct
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(
+            f"need 0 <= num_correct <= num_samples and 1 <= k <= num_samples: {n, c, k}"
+        )
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
