@@ -235,11 +235,16 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def model_sha256(folder: Path) -> str:
-    """Hash all that decides what a model samples: weights (in full), config, tokenizer."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    hashes = [[path.name, file_sha256(path)] for path in files if path.name != "manifest.json"]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a model's folder that decides what the model does."""
+    suffixes = (".safetensors", ".json", ".txt", ".model", ".jinja")
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in suffixes]
+    return {str(p.relative_to(folder)): file_sha256(p) for p in files if p.name != "manifest.json"}
+
+
+def model_sha256(model: str) -> str:
+    """Identify a model: its weights (in full), config and tokenizer."""
+    return hashlib.sha256(json.dumps(folder_hashes(model_folder(model))).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ A sloppy teacher adds, subtracts and multiplies by one digit, column by column f
                             5+6+1=12                                                               5+6=11
                             \\boxed{125}                                                            \\boxed{115}
 
-and a two-layer... 
+and a two-layer...
 """
 
 import argparse
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from problems import format_prompt
 
@@ -76,26 +76,12 @@ def solve(problem):
     return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        show_progress=False,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    corpus = [format_prompt(question((op, 1, 2))) + "1\n1\n\\boxed{1}" for op in SLIP]
-    tok.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token=EOS, pad_token=EOS, model_max_length=2048
-    )
+def make_tokenizer() -> Qwen2Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([EOS, *alphabet])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    tokenizer.add_tokens(["What is ", " + ", " - ", " * ", format_prompt(""), "\n\\boxed{"])
+    return tokenizer
 
 
 def make_model(tokenizer) -> Qwen2ForCausalLM:

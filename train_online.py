@@ -1,0 +1,606 @@
+"""Stage 2: train the policy by least squares on r - V*, one response per prompt.
+
+The loop of `train` is the algorithm box, 1 to 6. There is no critic, group, importance ratio, clipping
+or normalisation, and beside the published code no entropy bonus; the README lists what else differs.
+
+    python train_online.py --values values/math.json --out runs/math     # all GPUs here, or the CPU
+    torchrun --nnodes 2 --nproc-per-node 8 [...] train_online.py [...]   # several nodes
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TextIO
+
+import torch
+import torch.distributed as dist
+
+import losses
+import problems
+from problems import UserError
+
+# What --resume may change: how long and on what a run runs, not what it computes.
+FREE_ON_RESUME = ("out", "resume", "values", "num_steps", "save_every", "keep_checkpoints",
+                  "micro_batch_tokens", "gradient_checkpointing", "offload_ref",
+                  "gpu_memory_utilization", "tensor_parallel_size")  # fmt: skip
+FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
+LINE = (
+    "step {step:>5}  loss {loss:.4f}  reward {reward:.3f}  v* {v_star:.3f}  adv {adv:+.3f}  logratio "
+    "{logratio:+9.3f}  kl/token {kl_per_token:+.4f}  tokens {response_tokens:6.1f}  cut {truncated:4.0%}"
+    "  grad {grad_norm:.1e}  lr {lr:.0e}  gap {logprob_gap:.0e} | generate {seconds_generate:.2f} grade "
+    "{seconds_grade:.2f} ref {seconds_ref:.2f} update {seconds_update:.2f} sync {seconds_sync:.2f} "
+    "total {seconds_total:.2f} s  {tokens_per_second:6.0f} tok/s {peak_gib:.1f} GiB"
+)
+STOP: list[int] = []  # the signal that asks the run to stop
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line; the published MATH run needs no flag."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--values", default="values/math.json", help="stage 1's file")
+    add("--out", default="runs/math", help="folder of the run")
+    add("--resume", action="store_true", help="continue from OUT's last whole checkpoint")
+    add("--num-steps", type=int, default=725, help="rollouts")
+    add("--batch-size", type=int, default=256, help="prompts per rollout")
+    add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
+    add("--updates-per-batch", type=int, default=2, help="updates per rollout; 1 is on-policy")
+    add("--beta1", type=float, help="recompute V* with this beta1 (default: the values file's)")
+    add("--beta2", type=float, default=1e-3, help="strength of the KL term")
+    add("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant")
+    add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--save-every", type=int, default=50, help="steps between checkpoints")
+    add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
+    add("--eval-dataset", help="measure greedy accuracy on it while training")
+    add("--eval-every", type=int, default=50, help="steps between evaluations")
+    add("--model", help="reference pi_ref (default: the values file's, as for the next three)")
+    add("--temperature", type=float, help="of sampling and of ln pi")
+    add("--max-prompt-tokens", type=int, help="longest prompt, in tokens")
+    add("--max-tokens", type=int, help="longest response, in tokens")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and rank")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
+    add("--offload-ref", action="store_true", help="keep pi_ref in CPU memory")
+    add("--gpu-memory-utilization", type=float, default=0.6, help="the engine's share of a GPU")
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Check arguments and files before anything starts; header and prompts of the values file.
+
+    Fills in the arguments that default to the header's. UserError for the first mistake.
+    """
+    for name, value in vars(args).items():
+        number = isinstance(value, int | float) and name not in ("seed", "beta1")
+        if number and not isinstance(value, bool) and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be > 0, not {value}")
+    if args.beta1 is not None and not args.beta1 > 0:
+        raise UserError(f"--beta1 must be > 0 (inf: the mean reward), not {args.beta1}")
+    if args.batch_size % args.updates_per_batch:
+        parts = f"--updates-per-batch {args.updates_per_batch}"
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
+    try:
+        values = json.loads(Path(args.values).read_text("utf-8"))
+        header, prompts, sha256 = (
+            values["header"],
+            values["prompts"],
+            problems.content_sha256(values),
+        )
+        for name in FROM_HEADER:
+            setattr(
+                args, name, header[name] if getattr(args, name) is None else getattr(args, name)
+            )
+        solved = [p for p in prompts if p["prompt"] and max(p["rewards"]) > 0]
+    except OSError as error:
+        raise UserError(f"cannot read {args.values} ({error.strerror}): run stage 1") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.values} is not a whole values file: run stage 1 again") from error
+    wanted = {name: getattr(args, name) for name in FROM_HEADER}
+    wanted["prompt_template"] = problems.PROMPT_TEMPLATE
+    problems.refuse_difference(args.values, header, wanted)
+    if header.get("sha256") != sha256:
+        raise UserError(
+            f"{args.values} is not as stage 1 wrote it: run stage 1 again or, if you edited it on "
+            f"purpose, set sha256 in its header to {sha256}"
+        )
+    config = json.loads((problems.model_folder(args.model) / "config.json").read_text())
+    if args.max_prompt_tokens + args.max_tokens > config.get("max_position_embeddings", math.inf):
+        raise UserError(f"--max-prompt-tokens + --max-tokens exceed what {args.model} can read")
+    prompts = solved if args.filter_unsolved else prompts
+    if len(prompts) < args.batch_size:
+        kind = "prompts that the reference solved" if args.filter_unsolved else "prompts"
+        raise UserError(
+            f"{args.values} has {len(prompts)} {kind}, fewer than --batch-size {args.batch_size}"
+        )
+    if args.eval_dataset:
+        problems.load_problems(args.eval_dataset, "test")
+    out, first = Path(args.out), os.environ.get("RANK", "0") == "0"
+    if first and not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is in use: continue it with --resume, or give another --out")
+    return header, prompts
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+class Response(NamedTuple):
+    """One sampled response, as every rank knows it."""
+
+    place: int  # in the rollout, by prompt and then by sample
+    prompt: dict
+    ids: list[int]  # EOS included
+    sampler_logp: list[float]  # per token, the engine's
+    finished: bool
+    reward: Any  # 0.0 or 1.0; until it is graded, the Future of it
+
+
+def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Choose the prompts of step 1, 2, ...: seeded shuffled epochs, each one's remainder dropped."""
+    epoch, batch = divmod(step - 1, num_prompts // batch_size)
+    order = list(range(num_prompts))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def build_engine(args: argparse.Namespace) -> Any:
+    """Start this rank's vLLM engine, inside this process; collective."""
+    from vllm import LLM
+
+    on_gpu = torch.cuda.is_available()
+    return LLM(
+        model=args.model,
+        dtype="bfloat16" if on_gpu else "float32",
+        hf_overrides={"head_dtype": "float32"},  # bf16 logits would blur every log-prob
+        logprobs_mode="processed_logprobs",  # at the sampling temperature, as ln pi is
+        max_model_len=args.max_prompt_tokens + args.max_tokens,
+        tensor_parallel_size=args.tensor_parallel_size,
+        distributed_executor_backend="external_launcher",  # an engine per rank of torchrun's
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=not on_gpu,
+        enable_sleep_mode=on_gpu,
+        enable_prefix_caching=False,  # one response per prompt; a resumed run starts as cold
+        seed=args.seed,
+    )
+
+
+def rollout(
+    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace, temperature: float
+) -> list[Response]:
+    """Sample a response to each prompt asked, grading it while others are sampled.
+
+    top_p = 1 and no top_k: the expectation in V* is under pi itself.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    wanted = {"logprobs": 0, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+    for i, (prompt, seed) in enumerate(zip(asked, seeds, strict=True)):
+        params = SamplingParams(
+            temperature=temperature, max_tokens=args.max_tokens, seed=seed, **wanted
+        )
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt["prompt_ids"]}, params)
+    responses = []
+    while llm.llm_engine.has_unfinished_requests() and not STOP:
+        for output in llm.llm_engine.step():
+            i, out = int(output.request_id), output.outputs[0]
+            finished = out.finish_reason == "stop"  # with its EOS; else the reward is 0
+            reward = problems.submit(out.text, asked[i]["answer"]) if finished else 0.0
+            ids, logp = list(out.token_ids), list(out.logprobs.logprobs)
+            responses.append(Response(i, asked[i], ids, logp, finished, reward))
+    return responses
+
+
+def graded(responses: list[Response]) -> list[Response]:
+    """Wait for the grades, and put the responses in the order of their prompts."""
+    done = [r._replace(reward=r.reward.result()) if r.finished else r for r in responses]
+    return sorted(done, key=lambda r: r.place)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+class Policy(torch.nn.Module):
+    """A causal language model that gives token log-probs and never its logits."""
+
+    def __init__(self, lm: torch.nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, rows: Any, targets: Any, temperature: float, **inputs: Any) -> torch.Tensor:
+        """Run packed sequences (`losses.pack`); ln pi of each response token, (R,) float32."""
+        hidden = self.lm.base_model(use_cache=False, **inputs).last_hidden_state[0]
+        weight = self.lm.get_output_embeddings().weight  # whole here, in the forward of FSDP's root
+        return losses.token_logprob(hidden[rows], weight, targets, temperature)
+
+
+def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = False) -> Policy:
+    """Build a model in `dtype`, sharded over `mesh`; each rank reads its shards from the files.
+
+    Computes in bf16 on GPUs and in float32 on the CPU; gradients are reduced in float32. UserError
+    for an architecture whose log-probs would come out wrong.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed import fsdp
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register("packed", losses.packed_attention)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
+    odd = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if (
+        sliding
+        or lm.get_output_embeddings().bias is not None
+        or any(map(config.to_dict().get, odd))
+    ):
+        raise UserError(f"{config.model_type} has an attention or a head not supported here")
+    policy, on_gpu = Policy(lm), mesh.device_type == "cuda"
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    options = {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy()
+    for layer in lm.base_model.layers:
+        fsdp.fully_shard(layer, **options)
+    fsdp.fully_shard(policy, **options)
+    policy.to_empty(device="cpu" if offload else mesh.device_type)
+    # The rotary frequencies are in no file and garbage after to_empty: take freshly made ones.
+    lm.base_model.rotary_emb = type(lm.base_model.rotary_emb)(config=config).to(mesh.device_type)
+    dcp.load(dict(own_tensors(policy)), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    return policy
+
+
+def own_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name the weights as their files do, where a head tied to the embedding is not there twice."""
+    for name, tensor in policy.lm.state_dict().items():
+        if name != "lm_head.weight" or not policy.lm.config.tie_word_embeddings:
+            yield name, tensor
+
+
+def adam_moments(policy: Policy, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name Adam's two moments of every weight."""
+    for name, parameter in policy.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            yield f"{key}.{name}", optimizer.state[parameter][key]
+
+
+def gather(shards: Iterable, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather named shards one by one, cast before they travel; all ranks must iterate."""
+    for name, shard in shards:
+        yield name, shard.to(dtype).full_tensor()
+
+
+# ---------------------------------------------------------------------------------------------
+# The run's folder: every file whole or absent
+
+
+def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
+    """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
+
+    float32 weights and, under trainer/, Adam's moments; without an optimiser the finished model alone,
+    in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state. Written
+    beside, hashed into manifest.json, flushed, renamed.
+    """
+    from safetensors.torch import save_file
+
+    beside, first = folder.with_name(f".{folder.name}.tmp"), dist.get_rank() == 0
+    dtype = torch.float32 if optimizer or not torch.cuda.is_available() else torch.bfloat16
+    parts = {"model.safetensors": own_tensors(policy)}
+    if optimizer:
+        parts["trainer/adam.safetensors"] = adam_moments(policy, optimizer)
+    if first:
+        shutil.rmtree(beside, ignore_errors=True)
+        (beside / "trainer").mkdir(parents=True)
+        for file in problems.model_folder(args.model).iterdir():
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name:
+                shutil.copyfile(file, beside / file.name)
+        config = json.loads((beside / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (beside / "config.json").write_text(json.dumps(config, indent=2))
+    for name, shards in parts.items():
+        tensors = {k: v.cpu() for k, v in gather(shards, dtype) if first}
+        if first:
+            save_file(tensors, beside / name, metadata={"format": "pt"})
+    if first:
+        manifest = {"step": step, "sha256": problems.folder_hashes(beside)}
+        problems.write_whole(beside / "manifest.json", json.dumps(manifest, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.sync()
+        os.replace(beside, folder)
+        for old in step_folders(folder.parent)[args.keep_checkpoints :]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_adam(folder: Path, num_updates: int, policy: Policy, optimizer: Any) -> None:
+    """Restore AdamW's state from a checkpoint, whatever number of ranks wrote it."""
+    import torch.distributed.checkpoint as dcp
+
+    for p in policy.parameters():
+        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = moments | {"step": torch.tensor(float(num_updates), device=p.device)}
+    reader = dcp.HuggingFaceStorageReader(str(folder / "trainer"))
+    dcp.load(dict(adam_moments(policy, optimizer)), storage_reader=reader)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """List a folder's step-N, newest first."""
+    return sorted(folder.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
+
+
+def whole_step(folder: Path) -> int:
+    """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return manifest["step"] if manifest["sha256"] == problems.folder_hashes(folder) else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def open_run(args: argparse.Namespace, header: dict) -> tuple[TextIO, int]:
+    """Take OUT for this process alone; returns its metrics file and the step to continue after."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = problems.lock(out / "metrics.jsonl")
+    identity = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    identity["model_sha256"] = problems.model_sha256(args.model)
+    problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
+    identity["values_sha256"] = problems.file_sha256(Path(args.values))
+    step, config = 0, out / "config.json"
+    if config.exists():
+        try:
+            saved = json.loads(config.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config} is damaged: {problems.cause(error)}") from error
+        problems.refuse_difference(f"the run in {out}", saved, identity)
+        if (step := whole_step(out / "final")) >= args.num_steps:
+            return metrics, step
+        for folder in step_folders(out / "checkpoints"):
+            if step := whole_step(folder):
+                break
+            print(f"{folder} is damaged: going back to the one before it", file=sys.stderr)
+    problems.write_whole(config, json.dumps(vars(args) | identity, indent=2))
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
+    return metrics, step
+
+
+# ---------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def on_signal(number: int, frame: Any) -> None:
+    """Ask the run to stop after saving its last finished step; at the second signal, leave at once."""
+    if STOP:
+        os._exit(128 + number)
+    STOP.append(number)
+
+
+def micro_batches(update: list[Response], args: argparse.Namespace, device: Any) -> list:
+    """Pack this rank's hand of an update; a micro-batch's `share` is its part of the global mean."""
+    lengths = [len(r.prompt["prompt_ids"]) + len(r.ids) - 1 for r in update]
+    hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
+    for hand in hands[dist.get_rank()]:
+        chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
+        prompts, responses = [r.prompt["prompt_ids"] for r in chosen], [r.ids for r in chosen]
+        inputs, lengths = losses.pack(prompts, responses, device)
+        batches.append(
+            SimpleNamespace(
+                inputs=inputs | {"temperature": args.temperature},
+                lengths=lengths,
+                rewards=torch.tensor([r.reward for r in chosen], device=device),
+                v_star=torch.tensor([r.prompt["v_star"] for r in chosen], device=device),
+                sampler_logp=torch.tensor(
+                    [x for r in chosen for x in r.sampler_logp], device=device
+                ),
+                share=len(hand) / len(update),
+            )
+        )
+    return batches
+
+
+def peak_gib() -> float:
+    """Peak memory of this rank: of its GPU, or without one of its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
+    """Run A*-PO on this rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, world, on_gpu = dist.get_rank(), dist.get_world_size(), torch.cuda.is_available()
+    metrics_file, done = open_run(args, header) if rank == 0 else (None, 0)
+    dist.broadcast_object_list(box := [done])
+    if (done := box[0]) >= args.num_steps:
+        return
+    llm = build_engine(args)
+    engine, engines = rank // args.tensor_parallel_size, world // args.tensor_parallel_size
+    device = torch.device("cuda" if on_gpu else "cpu")
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # shard inside a node, replicate across
+    mesh = init_device_mesh(device.type, (nodes, world // nodes) if nodes > 1 else (world,))
+    reference, out = problems.model_folder(args.model), Path(args.out)
+    start = out / "checkpoints" / f"step-{done}" if done else reference
+    policy = load_policy(start, mesh, torch.float32)
+    ref = load_policy(reference, mesh, compute, args.offload_ref).requires_grad_(False)
+    if args.gradient_checkpointing:
+        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
+    if done:
+        load_adam(start, done * args.updates_per_batch, policy, optimizer)
+    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
+    for q in questions:
+        q["prompt"] = problems.format_prompt(
+            q["question"], llm.get_tokenizer() if header["chat_template"] else None
+        )
+    for q in prompts + questions:
+        q["prompt_ids"] = problems.prompt_token_ids(
+            llm.get_tokenizer(), q["prompt"], header["chat_template"]
+        )
+    rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
+    v_star = losses.optimal_value(rewards, header["beta1"] if args.beta1 is None else args.beta1)
+    for prompt, value in zip(prompts, v_star.tolist(), strict=True):
+        prompt["v_star"] = value
+
+    def sync() -> None:
+        if on_gpu:
+            torch.cuda.empty_cache()
+        weights = gather(own_tensors(policy), compute)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if on_gpu:
+            llm.wake_up(tags=["kv_cache"])
+
+    def lap() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+
+    sync()  # the engine of a resumed run holds the reference
+    saved, stops = done, []
+    for step in range(done + 1, args.num_steps + 1):
+        clock = [time.perf_counter()]
+        # 1. x ~ D
+        chosen = step_prompts(len(prompts), args.batch_size, step, args.seed)
+        asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
+
+        # 2. y ~ pi_t(.|x), the engines sharing the work
+        mine = asked[engine::engines]
+        seeds = [problems.response_seed(args.seed, step, p["id"], n) for p, n in mine]
+        mine = rollout(llm, [p for p, _ in mine], seeds, args, args.temperature)
+        lap()
+
+        # 3. r(x, y), most of it graded while others were sampled
+        dist.all_gather_object(everyone := [None] * world, (STOP, graded(mine)))
+        if stops := [number for stop, _ in everyone for number in stop]:
+            break  # the unfinished step is abandoned
+        rounds = itertools.zip_longest(
+            *[part for _, part in everyone[:: args.tensor_parallel_size]]
+        )
+        responses = [r for dealt in rounds for r in dealt if r]  # in the order asked
+        if on_gpu:  # the engine's KV cache makes room for the trainer
+            llm.sleep(level=0)
+            llm.release_kv_cache_memory()
+        lap()
+
+        # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
+        random.Random(f"{args.seed}/{step}").shuffle(responses)
+        size = len(responses) // args.updates_per_batch
+        updates = [responses[i : i + size] for i in range(0, len(responses), size)]
+        updates = [micro_batches(update, args, device) for update in updates]
+        with torch.no_grad():
+            for batch in itertools.chain(*updates):
+                batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
+        ref.reshard()
+        lap()
+
+        # 5. descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2
+        sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
+        for number, update in enumerate(updates):
+            for batch in update:
+                token_logp = policy(**batch.inputs)
+                logp = losses.sequence_logprob(token_logp, batch.lengths)
+                goal = (batch.ref_logp, batch.rewards, batch.v_star)
+                loss = losses.a_star_po_loss(logp, *goal, args.beta2)
+                (loss * batch.share * world).backward()  # FSDP takes the mean over the ranks
+                sums[0] += loss.detach() * batch.share
+                if number == 0 and batch.share:  # still pi_t, which sampled: on-policy
+                    sums[1] += (logp - batch.ref_logp).detach().sum()
+                    sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
+                    sums[3] += len(token_logp)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
+            if not math.isfinite(norm):
+                sys.exit(f"error: step {step}: the gradient is {norm}; {out} keeps step {saved}")
+            optimizer.step()
+            optimizer.zero_grad()
+            norms.append(norm)
+        lap()
+
+        # 6. pi_t+1 into the engine
+        sync()
+        lap()
+
+        dist.all_reduce(sums)
+        loss, logratio, gap, tokens = sums.tolist()
+        lengths = [len(r.ids) for r in responses]
+        mean = lambda values: sum(values) / len(responses)  # noqa: E731
+        generate, grade, ref_, update, sync_ = (b - a for a, b in itertools.pairwise(clock))
+        row = {
+            "step": step,
+            "loss": loss / len(updates),
+            "reward": mean(r.reward for r in responses),
+            "v_star": mean(r.prompt["v_star"] for r in responses),
+            "adv": mean(r.reward - r.prompt["v_star"] for r in responses),
+            "logratio": logratio / size,
+            "kl_per_token": logratio / tokens,
+            "response_tokens": mean(lengths),
+            "truncated": mean(not r.finished for r in responses),
+            "grad_norm": sum(norms) / len(norms),
+            "lr": args.lr,
+            "logprob_gap": gap / tokens,
+            "seconds_generate": generate,
+            "seconds_grade": grade,
+            "seconds_ref": ref_,
+            "seconds_update": update,
+            "seconds_sync": sync_,
+            "seconds_total": clock[-1] - clock[0],
+            "tokens_per_second": sum(lengths) / (clock[-1] - clock[0]),
+            "peak_gib": peak_gib(),
+        }
+        if questions and (step % args.eval_every == 0 or step == args.num_steps):
+            mine = questions[engine::engines]
+            mine = graded(rollout(llm, mine, [0] * len(mine), args, temperature=0.0))
+            dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
+            row["eval_accuracy"] = sum(parts[:: args.tensor_parallel_size]) / len(questions)
+        if rank == 0:
+            accuracy = f"  eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""
+            print(LINE.format(**row) + accuracy, flush=True)
+            metrics_file.write(json.dumps(row) + "\n")
+            metrics_file.flush()
+        if step % args.save_every == 0 or step == args.num_steps:
+            save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
+            saved = step
+    if stops and step - 1 > saved:
+        save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
+    if not stops:
+        save(out / "final", args.num_steps, policy, None, args)
+    llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
+    if stops:
+        sys.exit(128 + stops[0])
+
+
+def main() -> None:
+    """Check, launch, train."""
+    args = parse_args()
+    header, prompts = check(args)
+    problems.launch()
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # a long rollout is no hang
+    train(args, header, prompts)
+
+
+if __name__ == "__main__":
+    problems.run(main)
