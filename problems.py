@@ -5,7 +5,17 @@ imported at the top, because the file is also run as a grading worker (section 4
 """
 
 import ctypes
+import threading
+import subprocess
+import resource
+import re
+import queue
+import numbers
+import math
+import logging
+import functools
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +23,10 @@ import signal
 import socket
 import sys
 import zlib
+from collections import Counter
+from concurrent.futures import Future
+from decimal import Context, Decimal
+from fractions import Fraction
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -151,8 +165,391 @@ def prompt_token_ids(tokenizer: Any, prompt: str, chat_template: bool) -> list[i
 # 3. The reward
 
 
+def reward(response: str, answer: Any, verify: Callable[[str, str], bool] | None = None) -> float:
+    """Grade a response: 1.0 if what its last balanced box holds equals the answer, else 0.0.
+
+    A box before `</think>` does not count; no box, no reward. No response makes it raise, an answer
+    that cannot be graded is a ValueError. What equal means:
+
+    - A percent sign is ignored on either side, and 50\\% also equals 0.5.
+    - Units, degrees, currency and the base in 204_5 are ignored if one side has none, else they agree.
+    - A decimal equals a fraction or a root to 6 significant digits; other numbers must be equal.
+    - `x = 5` is 5, and every link of a chain must be: neither `6 = 5` nor `x = 6 = 5` is 5.
+    - "1, 2" is {1, 2} in any order, but neither the tuple (1, 2) nor a longer list that hedges.
+    - An inequality equals its interval; "x = 1, y = 2" and a column vector equal their tuple.
+    - Words are compared as text, and so is what math-verify does not read to its end.
+
+    `verify` compares two values where text and plain numbers do not decide; by default math-verify.
+    """
+    gold = check_answer(answer)
+    box = last_box(response.rpartition("</think>")[2].partition("<think>")[0])
+    if box is None or len(box) > 1000 or len(gold) > 1000 or _NESTED.search(box):
+        return float(box == gold)  # no right answer is so long, and all that follows is fast
+    return float(_same(_tidy(gold), _tidy(box), verify or _verify))
+
+
+def check_answer(answer: Any) -> str:
+    """Return an answer as text; ValueError says why it cannot be graded."""
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"neither a string nor a number but {answer!r:.60}")
+    text = last_box(str(answer)) or str(answer)
+    if not text.strip(" \t\r\n$.") or text in ("nan", "inf", "-inf"):
+        raise ValueError(f"nothing to compare in {answer!r:.60}")
+    if last_box(rf"\boxed{{{text}}}") != text:
+        raise ValueError(f"unbalanced braces in {answer!r:.60}")
+    return text
+
+
+def last_box(text: str) -> str | None:
+    """Cut out what the last balanced \\boxed{} or \\fbox{} holds, in one pass; None if none is."""
+    opened, last = [], None
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] == "}" and opened:
+            opener = opened.pop()
+            if len(opener[0]) > 1 and (last is None or opener.end() > last[0]):
+                last = opener.end(), token.start()
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            opened.append(token)
+    return text[slice(*last)] if last else None
+
+
+_LETTERS = dict(zip("−–×·÷⁄π∞∪²³½°", r"- - \times␣ \cdot␣ / / \pi␣ \infty␣ \cup␣ ^2 ^3 \frac{1}{2} ^\circ␣".split()))
+_LETTERS = str.maketrans({letter: latex.replace("␣", " ") for letter, latex in _LETTERS.items()})
+_NESTED = re.compile(r"(?:[({[] *){10}|(?:[({[][^({[]*){100}")
+_BREAK = r"\\"
+_RULES = [  # in this order, each with the case that demands it
+    (re.compile(pattern), becomes)
+    for pattern, becomes in [
+        (r"√ *(\d*)", lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt "),  # √10, √(x+1)
+        (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\!", ""),  # \left( 1, 2 \right)
+        (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname)(?![a-z])", r"\\text"),
+        (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
+        (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
+        (r"\{,\}", ","),  # 24{,}000
+        (r"\\leq?(slant)?(?![a-z])|≤", "<="),
+        (r"\\geq?(slant)?(?![a-z])|≥", ">="),
+        (r"\\([lr])angle(?![a-z])", lambda m: "()"[m[1] == "r"]),  # \langle 1, 2 \rangle
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\frac *(\d|[a-z]|\\[a-z]+)", r"\\frac{\1}"),  # \frac12
+        (r"(\\frac\{[^{}]*\}) *(\d|[a-z])", r"\1{\2}"),  # \frac{3}4
+        (r"(?<![\\a-zA-Z])(?=(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-zA-Z]))", r"\\"),  # 2pi
+        (r"\\sqrt *(?:(\d|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),  # \sqrt2, sqrt(3)
+        (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
+        # 0.\overline{3}
+        (r"(\d+)\.(\d*)\\overline *\{(\d+)\}", lambda m: f"{m[1]}.{m[2]}{m[3] * 12}"[:15]),
+        (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", r"\\text{%}"),
+        (r"\^ *\{? *\\circ *\}?|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
+        (r"(\\(?:sin|cos|tan)[ (]*)(\d+)\\text\{degree\}", r"\1(\2\\cdot\\frac{\\pi}{180})"),
+        (r"\\\$ *([\d,.]*\d)", r"\1\\text{dollar}"),  # \$18.90
+        (r"\\?\$|\\[()]", ""),
+        (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
+        (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?", ","),  # 1 \text{ and } -2
+        (r"^ *\\text *\{([^{}]*)\}[ .,]*$", r"\1"),  # \text{(C)}, \text{12 or 13}
+        # 5 square cm
+        (r"(?<=[\d})]) *(([a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?)( [a-zA-Z]+)*(\^\d)?)$", r"\\text{\1}"),
+        (r"\\\{ *\w+ *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)(.*)\\\}$", r"\3"),  # {x : 0 <= x <= 1}
+        (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
+        (r"\\approx", "="),  # x \approx 2.45
+        (r"(^(?!\\\{)|,|\\\{)([^,]*?)\\pm([^,]*?)(?=,|\\\}|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
+        # a matrix is the tuple of its rows, a column that of its numbers
+        (r"\\begin *\{array\} *\{[^{}]*\}", r"\\begin{matrix}"),
+        (
+            r"(^|=) *[(\[]? *\\begin *\{[pbB]?matrix\}((?:(?!\\begin).)*)\\end *\{\w+\} *[)\]]?$",
+            lambda m: f"{m[1]}(({'),('.join(m[2].strip(_BREAK).split(_BREAK))}))".replace("&", ","),
+        ),
+        (r"(?<![\d.])(\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 4 2/3
+        (r"(?<![\d.])\d{1,3}( \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 234
+        # 12,345, but (1,234) is a point
+        (r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\\}))", lambda m: m[0].replace(",", "")),
+        (r"^[ =+]+|( |[.,;:]|\\\\)*$", ""),
+    ]
+]
+# A name may stand before "=": x, E_1, f(x), AB, (x, y), but not 2x.
+_NAME = re.compile(r"(?=.*[a-zA-Z])(?:_\{?[a-zA-Z0-9]+|[^\d_])*+")
+# Plurals and other spellings of units.
+_UNITS = {r"(?<=[a-z]{2})s\b": "", r"\b(centi|kilo|milli)met(er|re)": r"\1m", r"\bmet(er|re)": "m"}
+_UNITS |= {"centim": "cm", "kilom": "km", "inche?": "in", "f(ee|oo)t": "ft", "usd": "dollar", "second": "s", "hour": "h"}
+_UNITS |= {r"\b(square|sq) (\w+)": r"\2^2", r"\bcubic (\w+)": r"\1^3", r" *(\bper\b|/) *": "/", r" *\^ *": "^"}
+# No units, and nothing for math-verify, which reads words as products of letters and 1:58 as 1/58.
+_WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:")
+_NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|million|billion|dozen)\b")
+
+
+def _tidy(text: str) -> str:
+    """Write a piece of LaTeX in one of the many ways in which it can be spelled."""
+    text = text.translate(_LETTERS)
+    for pattern, becomes in _RULES:
+        text = pattern.sub(becomes, text)
+    return text
+
+
+def _squash(text: str) -> str:
+    text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)  # 1 1/2 is not 11/2
+    text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)  # (C)
+    return text if "\\" in text else text.casefold()
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at what stands outside all brackets; the separators are at the odd places."""
+    parts, depth, start = [], 0, 0
+    for token in re.finditer(rf"(?P<cut>{separator})|\\?[({{\[]|\\?[)}}\]]", text):
+        if token["cut"] is None:
+            depth += 1 if token[0][-1] in "({[" else -1
+        elif depth == 0:
+            parts += [text[start : token.start()].strip(), token[0]]
+            start = token.end()
+    return [*parts, text[start:].strip()]
+
+
+def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
+    """Compare part by part; `verify` is asked about what neither text nor plain numbers decide."""
+    gold, pred = _interval(gold), _interval(pred)
+    if _squash(gold) == _squash(pred):
+        return True
+    (kind, golds), (pred_kind, preds) = _members(gold), _members(pred)
+    if "=" in (kind, pred_kind):
+        golds, preds = golds if kind == "=" else [gold], preds if pred_kind == "=" else [pred]
+        names = [
+            _squash(links.pop(0)) if len(links) > 1 and _NAME.fullmatch(links[0]) else ""
+            for links in (golds, preds)
+        ]
+        if len(golds) > 1 or (kind == pred_kind and names[0] not in ("", names[1])):
+            return kind == pred_kind and verify(gold, pred)  # y = 2x + 3 is 2x - y + 3 = 0
+        return all(_same(golds[0], link, verify) for link in preds)
+    if kind == pred_kind == "":
+        return _same_value(gold, pred, verify)
+    if len(golds) != len(preds) or (kind != pred_kind and {kind, pred_kind} != {"", ","}):
+        return False
+    if kind not in (",", "U", ""):
+        return all(map(_same, golds, preds, [verify] * len(golds)))
+    for gold in golds:  # in any order
+        match = next((pred for pred in preds if _same(gold, pred, verify)), None)
+        if match is None:
+            return False
+        preds.remove(match)
+    return True
+
+
+def _interval(text: str) -> str:
+    """Write an inequality for one name as its interval, x < 2 as (-oo, 2)."""
+    parts = _split(text, "[<>]=?|,")
+    if len(parts) > 1 and ">" in parts[1]:
+        parts = [part.replace(">", "<") for part in parts[::-1]]
+    if len(parts) == 3:
+        parts = [r"-\infty", "<", *parts] if _NAME.fullmatch(parts[0]) else [*parts, "<", r"\infty"]
+    if len(parts) != 5 or not _NAME.fullmatch(parts[2]) or not all("<" in sign for sign in parts[1::2]):
+        return text
+    return f"{'(['['=' in parts[1]]}{parts[0]},{parts[4]}{')]'['=' in parts[3]]}"
+
+
+def _members(text: str) -> tuple[str, list[str]]:
+    """Take apart what is composed: its kind and its members.
+
+    The kind is "," for a list or set, "U" for a union, "=" for a chain, the brackets of a tuple or
+    an interval, and "" for a single value.
+    """
+    parts = [part for part in _split(text, "[,;]")[::2] if part]
+    if len(parts) > 1:
+        names = {part.partition("=")[0] for part in parts if "=" in part}
+        if len(names) == len(parts):
+            return "()", sorted(parts)  # x = 1, y = 2
+        return "U" if all(re.search("[<>]", part) for part in parts) else ",", parts  # x < 2 or x > 3
+    for kind, separator in (("U", r"\\cup(?![a-z])"), ("=", "(?<![<>!])=")):
+        parts = _split(text, separator)[::2]
+        if len(parts) > 1:
+            return kind, parts
+    found = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text)
+    if found and len(_split(text, r"(?<=[)\]}])(?=.)")) == 1:
+        parts = _split(found[2], "[,;]")[::2]
+        if len(parts) > 1 or found[1] == r"\{":
+            return "," if found[1] == r"\{" else found[1] + found[3], parts
+    return "", [text]
+
+
+def _same_value(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
+    (gold, gold_unit), (pred, pred_unit) = _part_unit(gold), _part_unit(pred)
+    gold_words, pred_words = gold_unit - {"%"}, pred_unit - {"%"}
+    if gold_words and pred_words and not (gold_words <= pred_words or pred_words <= gold_words):
+        return False
+    if "%" in gold_unit - pred_unit and _same_value(rf"\frac{{{gold}}}{{100}}", pred, verify):
+        return True
+    if "%" in pred_unit - gold_unit and _same_value(gold, rf"\frac{{{pred}}}{{100}}", verify):
+        return True
+    if _squash(gold) == _squash(pred):
+        return True
+    if _WORDS.search(gold) or _WORDS.search(pred):
+        return False
+    values = _number(gold), _number(pred)
+    if None in values or (("." in gold) != ("." in pred) and 1 not in [value.denominator for value in values]):
+        return verify(gold, pred)
+    return values[0] == values[1]
+
+
+def _part_unit(text: str) -> tuple[str, set[str]]:
+    """Part a value from the words of its unit: 5\\text{ square feet} is 5 and {ft^2}."""
+    found = re.fullmatch(r"(.*?[\d\\].*?) *((?:\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[ /CF]*(?:\\cdot *)?)+)", text)
+    if not found or _NO_UNIT.search(text):
+        return text, set()
+    unit = re.sub(r"\\text|\\cdot|[{} ]+", " ", found[2].lower().replace(".", ""))
+    for pattern, short in _UNITS.items():
+        unit = re.sub(pattern, short, unit)
+    return found[1], set(unit.split())
+
+
+def _number(text: str) -> Fraction | None:
+    text = re.sub(r"^(-?) *\\frac *\{(\d+)\} *\{(\d+)\}$", r"\1\2/\3", text)
+    plain = re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", text)
+    return Fraction(text) if plain else None
+
+
+@functools.lru_cache(maxsize=1000)
+def _parse(text: str) -> Any:
+    """Read a value with math-verify; raises unless it is read to the end, and small enough to compute."""
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Float, I, Rational, Symbol
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it keeps no time
+    if re.search(r"\\binom\D*\d{6}|(?<![_^\d])\d+ \d", text):
+        raise ValueError(text)  # computed at once; read as a sum
+    text = re.sub(r"(?<![\d.^])(\d+) *(\\frac *\{\d+\} *\{\d+\})", r"(\1+\2)", text)  # 3\frac12
+    text = re.sub(r"((?<![_^\d])\d+|\)|\\pi) *(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
+    # in brackets, each side is read to its end or not at all
+    sides = [part if i % 2 else f"({part})" for i, part in enumerate(_split(text, "(?<![<>!])=|[<>]=?"))]
+    config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
+    box = rf"\boxed{{{''.join(sides)}}}"
+    [tree] = parse(box, [config], fallback_mode="no_fallback", parsing_timeout=None)
+    _size(tree)
+    become = {name: I if name.name == "i" else Symbol(name.name, real=True) for name in tree.free_symbols}
+    return tree.xreplace(become | {number: Rational(str(number)) for number in tree.atoms(Float)})
+
+
+def _size(tree: Any) -> float:
+    """Bound the digits of a number before it is computed; OverflowError for 9^{9^{9^9}} or 10000000!."""
+    if not tree.args:
+        return math.log10(abs(int(tree)) + 2) if tree.is_Number and tree.is_finite else 0.5
+    sizes = [_size(part) for part in tree.args]
+    size = sum(sizes)
+    if tree.is_Pow or type(tree).__name__ in ("exp", "factorial"):
+        size += sizes[0] * 10 ** sizes[-1]
+    if size > 50_000:
+        raise OverflowError("too large to compute")
+    return size
+
+
+def _verify(gold: str, pred: str) -> bool:
+    """Compare two values or equations with math-verify, and what it accepts to 25 digits, at a point if need be."""
+    try:
+        from math_verify import verify
+        from sympy import Expr, Rational
+
+        trees = _parse(gold), _parse(pred)
+        names = sorted(trees[0].free_symbols, key=str)
+        if trees[0].free_symbols != trees[1].free_symbols:
+            return False
+        has_values = all(isinstance(tree, Expr) for tree in trees)
+        if (names or not has_values) and not verify(*trees, timeout_seconds=None):
+            return False
+        if not has_values:
+            return True
+        point = {name: Rational(7 + 4 * i, 5 + 2 * i) for i, name in enumerate(names)}
+        a, b = (tree.subs(point).evalf(30) for tree in trees)
+        if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+            return bool(names) or trees[0] == trees[1]
+        if ("." in gold) != ("." in pred) and not any(tree.is_Integer for tree in trees):
+            return str(a.n(6)) == str(b.n(6))
+        return bool(abs(a - b) <= abs(a) * Rational(1, 10**25))
+    except Exception:  # a parser and an algebra system raise anything; then nothing shows the box to be right
+        return False
+
+
 # ---------------------------------------------------------------------------------------------
 # 4. Grading many at once
+
+SECONDS_PER_PAIR = 3
+_counts = Counter(timeouts=0, failures=0, ungradable=0)
+
+
+class _Undecided(Exception):
+    """Text and plain numbers do not tell whether two values are equal."""
+
+
+def _undecided(gold: str, pred: str) -> bool:
+    raise _Undecided
+
+
+def submit(response: str, answer: Any) -> Future:
+    """Grade a response and return at once; the future's result is the reward.
+
+    What text and plain numbers decide is decided here, in about 0.1 ms. The rest goes to worker processes: math-verify
+    can hang or eat all memory, and only a process can be killed. An ungradable answer gives 0.0 and is counted.
+    """
+    verdict = Future()
+    try:
+        verdict.set_result(reward(response, answer, _undecided))
+    except _Undecided:
+        _pool(os.getpid()).put((verdict, json.dumps([response, answer]).encode() + b"\n"))
+    except ValueError:
+        _counts["ungradable"] += 1
+        verdict.set_result(0.0)
+    return verdict
+
+
+def grade(responses: list[str], answers: list[Any]) -> list[float]:
+    """Grade many responses at once, in order."""
+    return [verdict.result() for verdict in list(map(submit, responses, answers))]
+
+
+def grading_counts() -> dict[str, int]:
+    """Count what this process could not grade: timeouts, failures (a worker died of a pair, twice), ungradable answers."""
+    return dict(_counts)
+
+
+@functools.cache
+def _pool(pid: int) -> queue.SimpleQueue:
+    """Start this process's threads, one a worker; more than cores, so that some can wait for a pair that hangs."""
+    tasks = queue.SimpleQueue()
+    for _ in range(min(16, 2 * os.cpu_count() + 2)):
+        threading.Thread(target=_drive_worker, args=(tasks,), daemon=True).start()
+    return tasks
+
+
+def _drive_worker(tasks: queue.SimpleQueue) -> None:
+    command = [sys.executable, os.path.abspath(__file__), "--grade-worker"]
+    worker = None
+    while True:
+        verdict, line = tasks.get()
+        for ending in ("", "failures"):  # a worker that died, perhaps while idle, has one successor
+            worker = worker or subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3)
+            try:
+                worker.stdin.write(line)
+                worker.stdin.flush()
+                reply = worker.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            if reply:
+                break
+            ending = "timeouts" if worker.wait() == -signal.SIGALRM else ending
+            worker = None
+            if ending:
+                _counts[ending] += 1
+                break
+        verdict.set_result(float(reply or 0))
+
+
+def _work() -> None:
+    """Answer the pairs that come in on stdin until it closes, which it does however the parent ends.
+
+    The kernel's alarm kills the worker over a pair that takes too long, whatever code it hangs in.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    _verify("x+1", "y+1")  # imports
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_PAIR)
+        print(reward(*json.loads(line)), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,8 +651,8 @@ def file_sha256(path: Path) -> str:
 
 
 def content_sha256(document: dict) -> str:
-    """Hash a document but for the sha256 in its own header."""
-    header = {k: v for k, v in document["header"].items() if k != "sha256"}
+    """Hash a document, but for the sha256 in its own header."""
+    header = {k: v for k, v in document.get("header", {}).items() if k != "sha256"}
     return hashlib.sha256(json.dumps(document | {"header": header}).encode()).hexdigest()
 
 
@@ -293,18 +690,28 @@ def lock(path: Path) -> TextIO:
 
 
 def append_record(file: TextIO, record: dict) -> None:
-    """Append a line that survives a SIGKILL and that `read_records` knows from a torn one."""
+    """Append a line that survives a SIGKILL and that `read_partial` can tell from a torn one."""
     text = json.dumps(record)
     file.write(f"\n{zlib.crc32(text.encode()):08x} {text}")
     file.flush()
 
 
-def read_records(paths: list[Path]) -> list[dict]:
-    """Read the lines of `append_record` from several files, those that are whole."""
-    lines = (line for path in paths for line in path.read_text("utf-8", "replace").split("\n"))
-    return [json.loads(x[9:]) for x in lines if x[:8] == f"{zlib.crc32(x[9:].encode()):08x}"]
+def read_partial(out: Path, identity: dict) -> list[dict]:
+    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
+    records = []
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
+        for line in path.read_text("utf-8", "replace").split("\n"):
+            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
+                records.append(json.loads(line[9:]))
+                if "identity" in records[-1]:
+                    refuse_difference(f"{path}, which this would continue,", records.pop()["identity"], identity)
+    return records
 
 
 def cause(error: Exception) -> str:
     """First line of what an exception says, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--grade-worker"]:
+    _work()

@@ -172,6 +172,7 @@ def build_engine(args: argparse.Namespace) -> Any:
         distributed_executor_backend="external_launcher",  # an engine per rank of torchrun's
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=not on_gpu,
+        enable_chunked_prefill=on_gpu,  # the CPU engine cannot seed a request whose prompt it cuts
         enable_sleep_mode=on_gpu,
         enable_prefix_caching=False,  # one response per prompt; a resumed run starts as cold
         seed=args.seed,
@@ -465,7 +466,7 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     def sync() -> None:
         if on_gpu:
             torch.cuda.empty_cache()
-        weights = gather(own_tensors(policy), compute)
+        weights = gather(policy.lm.state_dict().items(), compute)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if on_gpu:
             llm.wake_up(tags=["kv_cache"])
