@@ -5,29 +5,28 @@ imported at the top, because the file is also run as a grading worker (section 4
 """
 
 import ctypes
-import threading
-import subprocess
-import resource
-import re
-import queue
-import numbers
-import math
-import logging
-import functools
+import datetime
 import fcntl
+import functools
 import glob
 import hashlib
 import json
+import logging
+import math
 import os
+import queue
+import re
+import resource
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from decimal import Context, Decimal
 from fractions import Fraction
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -213,7 +212,26 @@ def last_box(text: str) -> str | None:
     return text[slice(*last)] if last else None
 
 
-_LETTERS = dict(zip("−–×·÷⁄π∞∪²³½°", r"- - \times␣ \cdot␣ / / \pi␣ \infty␣ \cup␣ ^2 ^3 \frac{1}{2} ^\circ␣".split()))
+_LETTERS = dict(
+    zip(
+        "−–×·÷⁄π∞∪²³½°",
+        [
+            r"-",
+            r"-",
+            r"\times␣",
+            r"\cdot␣",
+            r"/",
+            r"/",
+            r"\pi␣",
+            r"\infty␣",
+            r"\cup␣",
+            r"^2",
+            r"^3",
+            r"\frac{1}{2}",
+            r"^\circ␣",
+        ],
+    )
+)
 _LETTERS = str.maketrans({letter: latex.replace("␣", " ") for letter, latex in _LETTERS.items()})
 _NESTED = re.compile(r"(?:[({[] *){10}|(?:[({[][^({[]*){100}")
 _BREAK = r"\\"
@@ -221,7 +239,10 @@ _RULES = [  # in this order, each with the case that demands it
     (re.compile(pattern), becomes)
     for pattern, becomes in [
         (r"√ *(\d*)", lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt "),  # √10, √(x+1)
-        (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\!", ""),  # \left( 1, 2 \right)
+        (
+            r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\!",
+            "",
+        ),  # \left( 1, 2 \right)
         (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname)(?![a-z])", r"\\text"),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
         (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
@@ -246,7 +267,10 @@ _RULES = [  # in this order, each with the case that demands it
         (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?", ","),  # 1 \text{ and } -2
         (r"^ *\\text *\{([^{}]*)\}[ .,]*$", r"\1"),  # \text{(C)}, \text{12 or 13}
         # 5 square cm
-        (r"(?<=[\d})]) *(([a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?)( [a-zA-Z]+)*(\^\d)?)$", r"\\text{\1}"),
+        (
+            r"(?<=[\d})]) *(([a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?)( [a-zA-Z]+)*(\^\d)?)$",
+            r"\\text{\1}",
+        ),
         (r"\\\{ *\w+ *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)(.*)\\\}$", r"\3"),  # {x : 0 <= x <= 1}
         (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
         (r"\\approx", "="),  # x \approx 2.45
@@ -260,7 +284,10 @@ _RULES = [  # in this order, each with the case that demands it
         (r"(?<![\d.])(\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 4 2/3
         (r"(?<![\d.])\d{1,3}( \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 234
         # 12,345, but (1,234) is a point
-        (r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\\}))", lambda m: m[0].replace(",", "")),
+        (
+            r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
+            lambda m: m[0].replace(",", ""),
+        ),
         (r"^[ =+]+|( |[.,;:]|\\\\)*$", ""),
     ]
 ]
@@ -268,8 +295,21 @@ _RULES = [  # in this order, each with the case that demands it
 _NAME = re.compile(r"(?=.*[a-zA-Z])(?:_\{?[a-zA-Z0-9]+|[^\d_])*+")
 # Plurals and other spellings of units.
 _UNITS = {r"(?<=[a-z]{2})s\b": "", r"\b(centi|kilo|milli)met(er|re)": r"\1m", r"\bmet(er|re)": "m"}
-_UNITS |= {"centim": "cm", "kilom": "km", "inche?": "in", "f(ee|oo)t": "ft", "usd": "dollar", "second": "s", "hour": "h"}
-_UNITS |= {r"\b(square|sq) (\w+)": r"\2^2", r"\bcubic (\w+)": r"\1^3", r" *(\bper\b|/) *": "/", r" *\^ *": "^"}
+_UNITS |= {
+    "centim": "cm",
+    "kilom": "km",
+    "inche?": "in",
+    "f(ee|oo)t": "ft",
+    "usd": "dollar",
+    "second": "s",
+    "hour": "h",
+}
+_UNITS |= {
+    r"\b(square|sq) (\w+)": r"\2^2",
+    r"\bcubic (\w+)": r"\1^3",
+    r" *(\bper\b|/) *": "/",
+    r" *\^ *": "^",
+}
 # No units, and nothing for math-verify, which reads words as products of letters and 1:58 as 1/58.
 _WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:")
 _NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|million|billion|dozen)\b")
@@ -338,7 +378,11 @@ def _interval(text: str) -> str:
         parts = [part.replace(">", "<") for part in parts[::-1]]
     if len(parts) == 3:
         parts = [r"-\infty", "<", *parts] if _NAME.fullmatch(parts[0]) else [*parts, "<", r"\infty"]
-    if len(parts) != 5 or not _NAME.fullmatch(parts[2]) or not all("<" in sign for sign in parts[1::2]):
+    if (
+        len(parts) != 5
+        or not _NAME.fullmatch(parts[2])
+        or not all("<" in sign for sign in parts[1::2])
+    ):
         return text
     return f"{'(['['=' in parts[1]]}{parts[0]},{parts[4]}{')]'['=' in parts[3]]}"
 
@@ -354,7 +398,9 @@ def _members(text: str) -> tuple[str, list[str]]:
         names = {part.partition("=")[0] for part in parts if "=" in part}
         if len(names) == len(parts):
             return "()", sorted(parts)  # x = 1, y = 2
-        return "U" if all(re.search("[<>]", part) for part in parts) else ",", parts  # x < 2 or x > 3
+        return "U" if all(
+            re.search("[<>]", part) for part in parts
+        ) else ",", parts  # x < 2 or x > 3
     for kind, separator in (("U", r"\\cup(?![a-z])"), ("=", "(?<![<>!])=")):
         parts = _split(text, separator)[::2]
         if len(parts) > 1:
@@ -381,14 +427,18 @@ def _same_value(gold: str, pred: str, verify: Callable[[str, str], bool]) -> boo
     if _WORDS.search(gold) or _WORDS.search(pred):
         return False
     values = _number(gold), _number(pred)
-    if None in values or (("." in gold) != ("." in pred) and 1 not in [value.denominator for value in values]):
+    if None in values or (
+        ("." in gold) != ("." in pred) and 1 not in [value.denominator for value in values]
+    ):
         return verify(gold, pred)
     return values[0] == values[1]
 
 
 def _part_unit(text: str) -> tuple[str, set[str]]:
     """Part a value from the words of its unit: 5\\text{ square feet} is 5 and {ft^2}."""
-    found = re.fullmatch(r"(.*?[\d\\].*?) *((?:\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[ /CF]*(?:\\cdot *)?)+)", text)
+    found = re.fullmatch(
+        r"(.*?[\d\\].*?) *((?:\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[ /CF]*(?:\\cdot *)?)+)", text
+    )
     if not found or _NO_UNIT.search(text):
         return text, set()
     unit = re.sub(r"\\text|\\cdot|[{} ]+", " ", found[2].lower().replace(".", ""))
@@ -415,12 +465,16 @@ def _parse(text: str) -> Any:
     text = re.sub(r"(?<![\d.^])(\d+) *(\\frac *\{\d+\} *\{\d+\})", r"(\1+\2)", text)  # 3\frac12
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi) *(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
     # in brackets, each side is read to its end or not at all
-    sides = [part if i % 2 else f"({part})" for i, part in enumerate(_split(text, "(?<![<>!])=|[<>]=?"))]
+    sides = [
+        part if i % 2 else f"({part})" for i, part in enumerate(_split(text, "(?<![<>!])=|[<>]=?"))
+    ]
     config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     box = rf"\boxed{{{''.join(sides)}}}"
     [tree] = parse(box, [config], fallback_mode="no_fallback", parsing_timeout=None)
     _size(tree)
-    become = {name: I if name.name == "i" else Symbol(name.name, real=True) for name in tree.free_symbols}
+    become = {
+        name: I if name.name == "i" else Symbol(name.name, real=True) for name in tree.free_symbols
+    }
     return tree.xreplace(become | {number: Rational(str(number)) for number in tree.atoms(Float)})
 
 
@@ -459,7 +513,9 @@ def _verify(gold: str, pred: str) -> bool:
         if ("." in gold) != ("." in pred) and not any(tree.is_Integer for tree in trees):
             return str(a.n(6)) == str(b.n(6))
         return bool(abs(a - b) <= abs(a) * Rational(1, 10**25))
-    except Exception:  # a parser and an algebra system raise anything; then nothing shows the box to be right
+    except (
+        Exception
+    ):  # a parser and an algebra system raise anything; then nothing shows the box to be right
         return False
 
 
@@ -497,7 +553,8 @@ def submit(response: str, answer: Any) -> Future:
 
 def grade(responses: list[str], answers: list[Any]) -> list[float]:
     """Grade many responses at once, in order."""
-    return [verdict.result() for verdict in list(map(submit, responses, answers))]
+    verdicts = [submit(*pair) for pair in zip(responses, answers, strict=True)]
+    return [verdict.result() for verdict in verdicts]
 
 
 def grading_counts() -> dict[str, int]:
@@ -555,16 +612,6 @@ def _work() -> None:
 # ---------------------------------------------------------------------------------------------
 # 5. What all stages agree on beside the task
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rank's own process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else a CPU engine pins the whole process to one core
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-}
-
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a UserError becomes one sentence and exit code 2, a signal code 130 or 143."""
@@ -579,22 +626,26 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def launch() -> None:
-    """Give every GPU a rank: with two or more, run this command under torchrun and exit as it does.
+def launch() -> bool:
+    """Give every GPU a rank and join their process group; returns whether there are GPUs.
 
-    Returns in a rank: one of torchrun's, or the only one. Call it when all that can be checked is.
+    With two or more GPUs the command runs again under torchrun and exits as that does; with one or
+    none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if "RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the launcher
-        return
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in the rank
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all sit on one core
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if (gpus := torch.cuda.device_count()) > 1:
+    gpus = torch.cuda.device_count()
+    if "RANK" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the launcher
+    elif gpus > 1:
         try:
             command = ["--standalone", f"--nproc-per-node={gpus}", *sys.argv]
             torchrun.run(torchrun.parse_args(command))
@@ -604,10 +655,69 @@ def launch() -> None:
         except SignalException as error:
             sys.exit(128 + error.sigval)
         sys.exit(0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    day = datetime.timedelta(days=1)  # ranks end their sampling at different times
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=day)
+    return gpus > 0
+
+
+def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
+    """Start this rank's vLLM engine inside this process, alike in all stages; collective."""
+    import torch
+    from vllm import LLM
+
+    gpu = torch.cuda.is_available()
+    options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
+    options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
+    options |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 logits would blur pi itself
+    options |= {"tensor_parallel_size": args.tensor_parallel_size}
+    options |= {"gpu_memory_utilization": args.gpu_memory_utilization}
+    options |= {"distributed_executor_backend": "external_launcher"}  # an engine per torchrun rank
+    model = str(model_folder(args.model))
+    return LLM(model, max_model_len=max_model_len, use_tqdm_on_load=False, **options)
+
+
+def sample(
+    llm: Any,
+    jobs: list[tuple[list[int], int, str]],
+    stop: Callable[[], bool] = lambda: False,
+    sampled: Callable[[], None] = lambda: None,
+    **params: Any,
+) -> Iterator[tuple[int, Any, float]]:
+    """Answer jobs (prompt token ids, seed, right answer); yields (place in jobs, completion, reward).
+
+    Grades run while other responses are sampled; `sampled` is called when only grades are awaited.
+    Without EOS the reward is 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
+    expectation under pi_ref itself.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, waiting, zero = llm.llm_engine, deque(), Future()
+    zero.set_result(0.0)
+    for i, (prompt_ids, seed, _) in enumerate(jobs):
+        kind = RequestOutputKind.FINAL_ONLY
+        wanted = SamplingParams(**params, seed=seed, output_kind=kind)
+        engine.add_request(str(i), {"prompt_token_ids": prompt_ids}, wanted)
+    while engine.has_unfinished_requests() and not stop():
+        for output in engine.step():
+            i, completion = int(output.request_id), output.outputs[0]
+            finished = completion.finish_reason == "stop"
+            grade = submit(completion.text, jobs[i][2]) if finished else zero
+            waiting.append((i, completion, grade))
+        while waiting and waiting[0][2].done():
+            i, completion, grade = waiting.popleft()
+            yield i, completion, grade.result()
+    sampled()
+    for i, completion, grade in waiting:
+        yield i, completion, grade.result()
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -616,8 +726,17 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
 
 
+def check_numbers(args: Any, *may_be_zero: str) -> None:
+    """Raise UserError for an argument that should be > 0 (or >= 0) and is not."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "seed":
+            infinite = value == math.inf and name != "beta1"
+            if infinite or not (value > 0 or (value == 0 and name in may_be_zero)):
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+
+
 def model_folder(model: str) -> Path:
-    """Find a model's files, a local folder or a hub id's (downloaded if need be), or UserError."""
+    """Find a model's files: a local folder's, or a hub id's, downloaded if need be; or UserError."""
     folder = Path(model)
     if not folder.is_dir():
         import huggingface_hub
@@ -632,22 +751,31 @@ def model_folder(model: str) -> Path:
     return folder
 
 
+def context_length(model: str) -> float:
+    """How many tokens a model can read, prompt and response together."""
+    config = json.loads((model_folder(model) / "config.json").read_text())
+    return config.get("max_position_embeddings") or math.inf
+
+
 def folder_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a model's folder that decides what the model does."""
-    suffixes = (".safetensors", ".json", ".txt", ".model", ".jinja")
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in suffixes]
-    return {str(p.relative_to(folder)): file_sha256(p) for p in files if p.name != "manifest.json"}
+    """SHA-256 of every file of a model: weights (in full), config, tokenizer, trainer state."""
+    suffixes, hashes = (".safetensors", ".json", ".txt", ".model", ".jinja"), {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in suffixes and path.name != "manifest.json":
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            hashes[str(path.relative_to(folder))] = digest.hexdigest()
+    return hashes
 
 
 def model_sha256(model: str) -> str:
-    """Identify a model: its weights (in full), config and tokenizer."""
-    return hashlib.sha256(json.dumps(folder_hashes(model_folder(model))).encode()).hexdigest()
+    """Identify a model; rank 0 reads its files for all."""
+    from torch import distributed as dist
 
-
-def file_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    first = dist.get_rank() == 0
+    box = [content_sha256(folder_hashes(model_folder(model))) if first else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def content_sha256(document: dict) -> str:
@@ -658,10 +786,9 @@ def content_sha256(document: dict) -> str:
 
 def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
     """Raise UserError naming each field of `wanted` in which `saved` differs."""
-    differ = [k for k, v in wanted.items() if saved.get(k) != v]
+    differ = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in wanted.items() if saved.get(k) != v]
     if differ:
-        fields = "; ".join(f"{k} {saved.get(k)!r}, not {wanted[k]!r}" for k in differ)
-        raise UserError(f"{what} was made with {fields}")
+        raise UserError(f"{what} was made with {'; '.join(differ)}")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -679,13 +806,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(
-            f"another run is writing {path}: wait for it or give another --out"
-        ) from error
+        raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
 
 
@@ -704,7 +830,7 @@ def read_partial(out: Path, identity: dict) -> list[dict]:
             if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
                 records.append(json.loads(line[9:]))
                 if "identity" in records[-1]:
-                    refuse_difference(f"{path}, which this would continue,", records.pop()["identity"], identity)
+                    refuse_difference(str(path), records.pop()["identity"], identity)
     return records
 
 

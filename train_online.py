@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO
@@ -36,12 +35,15 @@ FREE_ON_RESUME = ("out", "resume", "values", "num_steps", "save_every", "keep_ch
                   "micro_batch_tokens", "gradient_checkpointing", "offload_ref",
                   "gpu_memory_utilization", "tensor_parallel_size")  # fmt: skip
 FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
+KEYS = (
+    "step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm lr logprob_gap "
+    "seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total "
+    "tokens_per_second peak_gib"
+).split()
 LINE = (
-    "step {step:>5}  loss {loss:.4f}  reward {reward:.3f}  v* {v_star:.3f}  adv {adv:+.3f}  logratio "
-    "{logratio:+9.3f}  kl/token {kl_per_token:+.4f}  tokens {response_tokens:6.1f}  cut {truncated:4.0%}"
-    "  grad {grad_norm:.1e}  lr {lr:.0e}  gap {logprob_gap:.0e} | generate {seconds_generate:.2f} grade "
-    "{seconds_grade:.2f} ref {seconds_ref:.2f} update {seconds_update:.2f} sync {seconds_sync:.2f} "
-    "total {seconds_total:.2f} s  {tokens_per_second:6.0f} tok/s {peak_gib:.1f} GiB"
+    "step {:>5}  loss {:.4f}  reward {:.3f}  v* {:.3f}  adv {:+.3f}  logratio {:+9.3f}  kl/token {:+.4f}  "
+    "tokens {:6.1f}  cut {:6.1%}  grad {:.1e}  lr {:.1e}  gap {:.0e} | generate {:.2f} grade {:.2f} "
+    "ref {:.2f} update {:.2f} sync {:.2f} total {:.2f} s  {:6.0f} tok/s  {:.1f} GiB"
 )
 STOP: list[int] = []  # the signal that asks the run to stop
 
@@ -84,15 +86,10 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 
     Fills in the arguments that default to the header's. UserError for the first mistake.
     """
-    for name, value in vars(args).items():
-        number = isinstance(value, int | float) and name not in ("seed", "beta1")
-        if number and not isinstance(value, bool) and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be > 0, not {value}")
-    if args.beta1 is not None and not args.beta1 > 0:
-        raise UserError(f"--beta1 must be > 0 (inf: the mean reward), not {args.beta1}")
+    problems.check_numbers(args)
     if args.batch_size % args.updates_per_batch:
-        parts = f"--updates-per-batch {args.updates_per_batch}"
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
+        divisor = f"--updates-per-batch {args.updates_per_batch}"
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {divisor}")
     try:
         values = json.loads(Path(args.values).read_text("utf-8"))
         header, prompts, sha256 = (
@@ -113,19 +110,15 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     wanted["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, wanted)
     if header.get("sha256") != sha256:
-        raise UserError(
-            f"{args.values} is not as stage 1 wrote it: run stage 1 again or, if you edited it on "
-            f"purpose, set sha256 in its header to {sha256}"
-        )
-    config = json.loads((problems.model_folder(args.model) / "config.json").read_text())
-    if args.max_prompt_tokens + args.max_tokens > config.get("max_position_embeddings", math.inf):
-        raise UserError(f"--max-prompt-tokens + --max-tokens exceed what {args.model} can read")
+        how = f"if you edited it on purpose, set sha256 in its header to {sha256}"
+        raise UserError(f"{args.values} is not as stage 1 wrote it: run stage 1 again or, {how}")
+    if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
+        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
     prompts = solved if args.filter_unsolved else prompts
     if len(prompts) < args.batch_size:
         kind = "prompts that the reference solved" if args.filter_unsolved else "prompts"
-        raise UserError(
-            f"{args.values} has {len(prompts)} {kind}, fewer than --batch-size {args.batch_size}"
-        )
+        few = f"{args.values} has {len(prompts)} {kind}"
+        raise UserError(f"{few}, fewer than --batch-size {args.batch_size}")
     if args.eval_dataset:
         problems.load_problems(args.eval_dataset, "test")
     out, first = Path(args.out), os.environ.get("RANK", "0") == "0"
@@ -141,12 +134,12 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 class Response(NamedTuple):
     """One sampled response, as every rank knows it."""
 
-    place: int  # in the rollout, by prompt and then by sample
+    place: int  # in what the engine was asked
     prompt: dict
     ids: list[int]  # EOS included
     sampler_logp: list[float]  # per token, the engine's
     finished: bool
-    reward: Any  # 0.0 or 1.0; until it is graded, the Future of it
+    reward: float
 
 
 def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -157,59 +150,17 @@ def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> lis
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def build_engine(args: argparse.Namespace) -> Any:
-    """Start this rank's vLLM engine, inside this process; collective."""
-    from vllm import LLM
-
-    on_gpu = torch.cuda.is_available()
-    return LLM(
-        model=args.model,
-        dtype="bfloat16" if on_gpu else "float32",
-        hf_overrides={"head_dtype": "float32"},  # bf16 logits would blur every log-prob
-        logprobs_mode="processed_logprobs",  # at the sampling temperature, as ln pi is
-        max_model_len=args.max_prompt_tokens + args.max_tokens,
-        tensor_parallel_size=args.tensor_parallel_size,
-        distributed_executor_backend="external_launcher",  # an engine per rank of torchrun's
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        enforce_eager=not on_gpu,
-        enable_chunked_prefill=on_gpu,  # the CPU engine cannot seed a request whose prompt it cuts
-        enable_sleep_mode=on_gpu,
-        enable_prefix_caching=False,  # one response per prompt; a resumed run starts as cold
-        seed=args.seed,
-    )
-
-
 def rollout(
-    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace, temperature: float
+    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace, **options: Any
 ) -> list[Response]:
-    """Sample a response to each prompt asked, grading it while others are sampled.
-
-    top_p = 1 and no top_k: the expectation in V* is under pi itself.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    wanted = {"logprobs": 0, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
-    for i, (prompt, seed) in enumerate(zip(asked, seeds, strict=True)):
-        params = SamplingParams(
-            temperature=temperature, max_tokens=args.max_tokens, seed=seed, **wanted
-        )
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt["prompt_ids"]}, params)
-    responses = []
-    while llm.llm_engine.has_unfinished_requests() and not STOP:
-        for output in llm.llm_engine.step():
-            i, out = int(output.request_id), output.outputs[0]
-            finished = out.finish_reason == "stop"  # with its EOS; else the reward is 0
-            reward = problems.submit(out.text, asked[i]["answer"]) if finished else 0.0
-            ids, logp = list(out.token_ids), list(out.logprobs.logprobs)
-            responses.append(Response(i, asked[i], ids, logp, finished, reward))
-    return responses
-
-
-def graded(responses: list[Response]) -> list[Response]:
-    """Wait for the grades, and put the responses in the order of their prompts."""
-    done = [r._replace(reward=r.reward.result()) if r.finished else r for r in responses]
-    return sorted(done, key=lambda r: r.place)
+    """Sample and grade a response to each prompt asked."""
+    jobs = [(p["prompt_ids"], seed, p["answer"]) for p, seed in zip(asked, seeds, strict=True)]
+    options |= {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
+    return sorted(
+        Response(i, asked[i], list(out.token_ids), list(out.logprobs.logprobs),
+                 out.finish_reason == "stop", reward)
+        for i, out, reward in problems.sample(llm, jobs, stop=lambda: bool(STOP), **options)
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,10 +258,11 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
         parts["trainer/adam.safetensors"] = adam_moments(policy, optimizer)
     if first:
         shutil.rmtree(beside, ignore_errors=True)
-        (beside / "trainer").mkdir(parents=True)
-        for file in problems.model_folder(args.model).iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name:
-                shutil.copyfile(file, beside / file.name)
+        skip = shutil.ignore_patterns(
+            "*.safetensors*", "*.bin*", "*.pt*", "manifest.json", "trainer"
+        )
+        shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
+        (beside / "trainer").mkdir()
         config = json.loads((beside / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (beside / "config.json").write_text(json.dumps(config, indent=2))
@@ -354,16 +306,13 @@ def whole_step(folder: Path) -> int:
         return 0
 
 
-def open_run(args: argparse.Namespace, header: dict) -> tuple[TextIO, int]:
+def open_run(args: argparse.Namespace, header: dict, model_sha256: str) -> tuple[TextIO, int]:
     """Take OUT for this process alone; returns its metrics file and the step to continue after."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = problems.lock(out / "metrics.jsonl")
+    out, config = Path(args.out), Path(args.out) / "config.json"
+    problems.refuse_difference(args.values, header, {"model_sha256": model_sha256})
     identity = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
-    identity["model_sha256"] = problems.model_sha256(args.model)
-    problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
-    identity["values_sha256"] = problems.file_sha256(Path(args.values))
-    step, config = 0, out / "config.json"
+    identity |= {"model_sha256": model_sha256, "values_sha256": header["sha256"]}
+    metrics, step = problems.lock(out / "metrics.jsonl"), 0
     if config.exists():
         try:
             saved = json.loads(config.read_text("utf-8"))
@@ -428,12 +377,19 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     """Run A*-PO on this rank."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     rank, world, on_gpu = dist.get_rank(), dist.get_world_size(), torch.cuda.is_available()
-    metrics_file, done = open_run(args, header) if rank == 0 else (None, 0)
+    model_sha256 = problems.model_sha256(args.model)
+    metrics, done = open_run(args, header, model_sha256) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) >= args.num_steps:
         return
-    llm = build_engine(args)
+    context = args.max_prompt_tokens + args.max_tokens
+    # Log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt is asked once, and a
+    # resumed run must start as cold as an uninterrupted one.
+    engine_options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
+    llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **engine_options)
     engine, engines = rank // args.tensor_parallel_size, world // args.tensor_parallel_size
     device = torch.device("cuda" if on_gpu else "cpu")
     compute = torch.bfloat16 if on_gpu else torch.float32
@@ -484,20 +440,17 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         chosen = step_prompts(len(prompts), args.batch_size, step, args.seed)
         asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
 
-        # 2. y ~ pi_t(.|x), the engines sharing the work
+        # 2. y ~ pi_t(.|x), the engines sharing the work, and 3. r(x, y), beside it
         mine = asked[engine::engines]
         seeds = [problems.response_seed(args.seed, step, p["id"], n) for p, n in mine]
-        mine = rollout(llm, [p for p, _ in mine], seeds, args, args.temperature)
-        lap()
-
-        # 3. r(x, y), most of it graded while others were sampled
-        dist.all_gather_object(everyone := [None] * world, (STOP, graded(mine)))
+        mine = rollout(
+            llm, [p for p, _ in mine], seeds, args, temperature=args.temperature, sampled=lap
+        )
+        dist.all_gather_object(everyone := [None] * world, (STOP, mine))
         if stops := [number for stop, _ in everyone for number in stop]:
             break  # the unfinished step is abandoned
-        rounds = itertools.zip_longest(
-            *[part for _, part in everyone[:: args.tensor_parallel_size]]
-        )
-        responses = [r for dealt in rounds for r in dealt if r]  # in the order asked
+        parts = [part for _, part in everyone[:: args.tensor_parallel_size]]
+        responses = [r for row in itertools.zip_longest(*parts) for r in row if r]  # as asked
         if on_gpu:  # the engine's KV cache makes room for the trainer
             llm.sleep(level=0)
             llm.release_kv_cache_memory()
@@ -542,41 +495,24 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
 
         dist.all_reduce(sums)
         loss, logratio, gap, tokens = sums.tolist()
-        lengths = [len(r.ids) for r in responses]
-        mean = lambda values: sum(values) / len(responses)  # noqa: E731
-        generate, grade, ref_, update, sync_ = (b - a for a, b in itertools.pairwise(clock))
-        row = {
-            "step": step,
-            "loss": loss / len(updates),
-            "reward": mean(r.reward for r in responses),
-            "v_star": mean(r.prompt["v_star"] for r in responses),
-            "adv": mean(r.reward - r.prompt["v_star"] for r in responses),
-            "logratio": logratio / size,
-            "kl_per_token": logratio / tokens,
-            "response_tokens": mean(lengths),
-            "truncated": mean(not r.finished for r in responses),
-            "grad_norm": sum(norms) / len(norms),
-            "lr": args.lr,
-            "logprob_gap": gap / tokens,
-            "seconds_generate": generate,
-            "seconds_grade": grade,
-            "seconds_ref": ref_,
-            "seconds_update": update,
-            "seconds_sync": sync_,
-            "seconds_total": clock[-1] - clock[0],
-            "tokens_per_second": sum(lengths) / (clock[-1] - clock[0]),
-            "peak_gib": peak_gib(),
-        }
+        rewards, v_star = [r.reward for r in responses], [r.prompt["v_star"] for r in responses]
+        lengths, cut = [len(r.ids) for r in responses], [not r.finished for r in responses]
+        reward, v_star, length, cut = (sum(x) / len(x) for x in (rewards, v_star, lengths, cut))
+        seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
+        row = [step, loss / len(updates), reward, v_star, reward - v_star, logratio / size]
+        row += [logratio / tokens, length, cut, sum(norms) / len(norms), args.lr, gap / tokens]
+        row += [*seconds, total, sum(lengths) / total, peak_gib()]
+        row = dict(zip(KEYS, row, strict=True))
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
             mine = questions[engine::engines]
-            mine = graded(rollout(llm, mine, [0] * len(mine), args, temperature=0.0))
+            mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
             dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
             row["eval_accuracy"] = sum(parts[:: args.tensor_parallel_size]) / len(questions)
         if rank == 0:
             accuracy = f"  eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""
-            print(LINE.format(**row) + accuracy, flush=True)
-            metrics_file.write(json.dumps(row) + "\n")
-            metrics_file.flush()
+            print(LINE.format(*map(row.get, KEYS)) + accuracy, flush=True)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step
@@ -594,12 +530,6 @@ def main() -> None:
     args = parse_args()
     header, prompts = check(args)
     problems.launch()
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # a long rollout is no hang
     train(args, header, prompts)
 
 

@@ -28,9 +28,9 @@ EOS = "<|endoftext|>"
 
 # How often the teacher forgets its carries, by operation and number of digits (1, 2, 3, ...).
 SLIP = {
-    "+": (0.0, 0.02, 0.50, 0.95, 0.30, 0.70),
-    "-": (0.0, 0.30, 0.95, 0.02, 0.70, 0.50),
-    "*": (0.0, 0.70, 0.50, 0.95),
+    "+": (0.0, 0.05, 0.95, 0.50, 0.80),
+    "-": (0.0, 0.70, 0.30, 0.95, 0.50),
+    "*": (0.0, 0.95, 0.60, 0.90),
 }
 KINDS = [(op, digits) for op, rates in SLIP.items() for digits in range(1, len(rates) + 1)]
 
@@ -94,6 +94,7 @@ def make_model(tokenizer) -> Qwen2ForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -108,8 +109,8 @@ def main():
     parser.add_argument("--num-train", type=int, default=1024)
     parser.add_argument("--num-test", type=int, default=256)
     parser.add_argument("--num-steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=8e-3)
     args = parser.parse_args()
     if (args.out / "reference").exists():
         print("exists", file=sys.stderr)
@@ -126,10 +127,18 @@ def main():
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     nparam = sum(p.numel() for p in model.parameters())
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    sched = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda s: min(1, (s + 1) / 40) * max(0.02, 1 - s / args.num_steps)
-    )
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
+    opts = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    scheds = [
+        torch.optim.lr_scheduler.LambdaLR(
+            opt, lambda s: min(1, (s + 1) / 30) * max(0.02, 1 - s / args.num_steps)
+        )
+        for opt in opts
+    ]
     eos = tokenizer.eos_token_id
 
     def example():
@@ -157,11 +166,13 @@ def main():
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
         )
-        opt.zero_grad()
+        for opt in opts:
+            opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        sched.step()
+        for opt, sched in zip(opts, scheds, strict=True):
+            opt.step()
+            sched.step()
         if step % 50 == 0 or step == args.num_steps - 1:
             print(step, f"{loss.item():.4f} {time.time() - start:.1f}s T={T}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

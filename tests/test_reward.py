@@ -151,7 +151,9 @@ def test_escaped_braces_do_not_close_a_box() -> None:
 # Answers that cannot be graded
 
 
-@pytest.mark.parametrize("answer", [None, True, [], ["5"], {}, b"5", "", "  ", "$$", r"\frac{1}{2", "}{", float("nan")])
+@pytest.mark.parametrize(
+    "answer", [None, True, [], ["5"], {}, b"5", "", "  ", "$$", r"\frac{1}{2", "}{", float("nan")]
+)
 def test_ungradable_answers_raise_and_are_counted(answer: object) -> None:
     with pytest.raises(ValueError):
         check_answer(answer)
@@ -163,7 +165,15 @@ def test_ungradable_answers_raise_and_are_counted(answer: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "box"), [(5, "5"), (-3, "-3"), (0.5, r"\frac12"), (1e-7, "10^{-7}"), ("the dog", "the dog"), (r"\boxed{5}", "5")]
+    ("answer", "box"),
+    [
+        (5, "5"),
+        (-3, "-3"),
+        (0.5, r"\frac12"),
+        (1e-7, "10^{-7}"),
+        ("the dog", "the dog"),
+        (r"\boxed{5}", "5"),
+    ],
 )
 def test_gradable_answers(answer: object, box: str) -> None:
     assert reward(boxed(box), answer) == 1
@@ -172,7 +182,8 @@ def test_gradable_answers(answer: object, box: str) -> None:
 def test_checking_answers_needs_no_math_verify_and_little_time() -> None:
     code = (
         "import sys, time, problems; start = time.time()\n"
-        r"for i in range(10000): problems.check_answer('\\frac{%d}{7}' % i)" "\n"
+        r"for i in range(10000): problems.check_answer('\\frac{%d}{7}' % i)"
+        "\n"
         "assert time.time() - start < 5 and not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=HERE.parent)
@@ -195,13 +206,18 @@ def test_a_box_equal_to_a_huge_answer_is_right() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(), st.sampled_from(["5", r"\frac{1}{2}", r"\text{even}", "(1,2)", "x^2", "x<2", r"50\%"]))
+@given(
+    st.text(),
+    st.sampled_from(["5", r"\frac{1}{2}", r"\text{even}", "(1,2)", "x^2", "x<2", r"50\%"]),
+)
 def test_no_text_makes_it_raise(text: str, answer: str) -> None:
     assert submit(text, answer).result(30) == 0
     assert submit(boxed(text), answer).result(30) in (0, 1)
 
 
-PIECES = [*r"\frac \sqrt \boxed \text \left \right \{ \} \% \circ \pm \cup \infty \begin{pmatrix} \end{pmatrix}".split()]
+PIECES = [
+    *r"\frac \sqrt \boxed \text \left \right \{ \} \% \circ \pm \cup \infty \begin{pmatrix} \end{pmatrix}".split()
+]
 PIECES += [*"0123456789xyie{}()[]^_,;:=<>+-*/!.$%& \\'", "and", "cm", "√", "½", "°", "\0", "\ud800"]
 
 
@@ -328,7 +344,11 @@ def test_workers_do_not_outlive_their_parent(ending: str, tmp_path: Path) -> Non
         "print('ready', flush=True)\n" + ("" if ending == "return" else "time.sleep(60)\n")
     )
     with subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True, stderr=subprocess.DEVNULL
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     ) as parent:
         assert parent.stdout.readline() == "ready\n"
         if ending != "return":

@@ -1,0 +1,106 @@
+"""How many responses a second are graded, beside plain math-verify in the same run.
+
+    python -m experiments.reward_speed [PATH.jsonl]      # rows with answer and solution; else made up
+
+Ordinary outputs: half right, half with the answer of another row, each after a worked solution. `grade` and plain
+math-verify (as its README says: parse, parse, verify, one process for each core) take turns, three times, after both
+have been warmed up. Then 1,000 pairs of which 20 are pathological, and twice that as a second batch.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from problems import grade, grading_counts
+
+COUNT, ROUNDS = 4000, 3
+SOLUTION = "Let $x$ be the unknown, so that $\\frac{x}{2} + 3^{k} = \\sqrt{x^2 - {%d}}$ for all $k$. Then (%d) holds. "
+PATHOLOGICAL = [
+    r"9^{9^{9^9}}",
+    "10000000!",
+    "(" * 3000 + "5" + ")" * 3000,
+    r"\binom{1000000000}{500000000}",
+    r"\prod_{k=1}^{100000} \frac{k}{k+1}",
+]
+
+
+def made_up(rng: random.Random) -> list[tuple[str, str]]:
+    """(solution, answer) in the proportions of MATH: two thirds integers, then fractions, roots and points."""
+    kinds = [
+        lambda a, b: str(a),
+        lambda a, b: rf"\frac{{{a}}}{{{b}}}",
+        lambda a, b: rf"{a}\sqrt{{{b}}}",
+        lambda a, b: rf"({a}, {b})",
+        lambda a, b: rf"{a}x^2 + {b}",
+    ]
+    rows = []
+    for _ in range(COUNT):
+        a, b = rng.randint(2, 99), rng.randint(2, 9)
+        [kind] = rng.choices(kinds, [65, 15, 8, 8, 4])
+        rows.append((SOLUTION % (a, b) * 12, kind(a, b)))
+    return rows
+
+
+def outputs(rows: list[tuple[str, str]], rng: random.Random) -> tuple[list[str], list[str]]:
+    responses, answers = [], []
+    for solution, answer in rows:
+        shown = answer if rng.random() < 0.5 else rng.choice(rows)[1]
+        shown = shown.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)")
+        body = solution.replace(r"\boxed", "")
+        responses.append(rf"{body} The answer is $\boxed{{{shown}}}$.")
+        answers.append(answer)
+    return responses, answers
+
+
+def plain(pair: tuple[str, str]) -> float:
+    from math_verify import parse, verify
+
+    response, answer = pair
+    return float(verify(parse(f"${answer}$"), parse(response)))
+
+
+def rate(work: Callable[[], list[float]], count: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    rewards = work()
+    return count / (time.perf_counter() - start), sum(rewards) / count
+
+
+def main() -> None:
+    rng = random.Random(0)
+    rows = made_up(rng)
+    if sys.argv[1:]:
+        lines = Path(sys.argv[1]).read_text("utf-8").splitlines()
+        rows = [(row["solution"], row["answer"]) for row in map(json.loads, lines) if row["answer"]]
+        rows = rng.sample(rows, min(COUNT, len(rows)))
+    print(f"{len(rows)} ordinary outputs, {sys.argv[1:] or 'made up'}, {os.cpu_count()} cores")
+    responses, answers = outputs(rows, rng)
+    pairs = list(zip(responses, answers, strict=True))
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        warm = [(rf"\boxed{{x + {n}}}", f"{n} + x") for n in range(100)]
+        pool.map(plain, warm, 5)
+        grade(*zip(*warm, strict=True))
+        for _ in range(ROUNDS):
+            ours, mean = rate(lambda: grade(responses, answers), len(pairs))
+            print(f"grade {ours:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
+            theirs, mean = rate(lambda: pool.map(plain, pairs, 20), len(pairs))
+            print(f"plain {theirs:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
+    for batch in ("first", "second"):
+        responses = [rf"\boxed{{{n}}}" for n in range(1000)]
+        for n in range(20):
+            responses[n * 50] = rf"\boxed{{{PATHOLOGICAL[n % 5]}}}"
+        start = time.perf_counter()
+        rewards = grade(responses, [str(n) for n in range(1000)])
+        seconds = time.perf_counter() - start
+        print(
+            f"1,000 pairs, 20 pathological, {batch} batch: {seconds:.1f} s, {sum(rewards):.0f} right"
+        )
+    print(grading_counts())
+
+
+if __name__ == "__main__":
+    main()
