@@ -1,17 +1,17 @@
-"""A*-PO as mathematics: V*, log pi(y|x), the regression loss, pass@k. Pure functions, no model, no I/O.
+"""A*-PO as mathematics: V*, ln pi(y|x), the regression loss, pass@k. No model and no I/O.
 
-The objective is the reward with a KL penalty, max over pi of E[r(x, y)] - beta KL(pi || pi_ref). Its
+The objective is reward with a KL penalty, max over pi of E[r(x, y)] - beta KL(pi || pi_ref). Its
 optimum pi* satisfies, for every prompt x and response y,
 
-    V*(x) = beta ln E_{y ~ pi_ref} exp(r(x, y) / beta)                                            (1)
-    beta ln(pi*(y|x) / pi_ref(y|x)) = r(x, y) - V*(x)                                             (2)
+    V*(x) = beta ln E_{y ~ pi_ref} exp(r(x, y) / beta)                                     (1)
+    beta ln(pi*(y|x) / pi_ref(y|x)) = r(x, y) - V*(x)                                      (2)
 
-so stage 1 estimates (1) from N reference responses, and stage 2 makes (2) hold by least squares,
+so stage 1 estimates (1) from N responses of the reference, and stage 2 makes (2) hold by
 
-    min over pi of the mean of (beta2 ln(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2.           (3)
+    min over pi of the mean of (beta2 ln(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2     (3)
 
-Axes: P prompts, N responses per prompt, B sequences, R response tokens of all sequences together,
-D hidden size, V vocabulary.
+Axes: P prompts, N responses per prompt, B sequences, T tokens of all sequences together, R their
+response tokens, D hidden size, V vocabulary.
 """
 
 import itertools
@@ -19,49 +19,40 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
-def optimal_value(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
+def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     """Eq. (1): V* = beta1 ln((1/N) sum_i exp(r_i / beta1)), rewards (P, N) -> v_star (P,).
 
-    The mean reward for beta1 = inf, the best of the N as beta1 -> 0, in between otherwise. Computed in
-    float64 with the maximum m taken out, m + beta1 log1p(mean(expm1((r - m) / beta1))): neither
-    exp(1 / beta1) overflows nor, for a large beta1, does the logarithm of nearly 1 lose its digits.
-    Integer and boolean rewards give float32. Raises ValueError unless beta1 > 0 and N >= 1.
+    The mean reward for beta1 = inf, the best of the N as beta1 -> 0. Computed in float64 with the
+    maximum m taken out, m + beta1 log1p(mean(expm1((r - m) / beta1))): exp(1 / beta1) cannot
+    overflow, and at a large beta1 the logarithm of nearly 1 keeps its digits. Floating rewards keep
+    their dtype, others give float32. Raises ValueError unless beta1 > 0 and N >= 1.
     """
     if not beta1 > 0:
         raise ValueError(f"beta1 must be > 0 (inf is the mean reward), not {beta1}")
     if rewards.ndim != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards must be (P, N) with N >= 1, not {tuple(rewards.shape)}")
-    r = rewards.to(torch.float64)
-    best = r.amax(dim=1, keepdim=True)
-    if math.isinf(beta1):
-        v_star = r.mean(dim=1)
-    else:
+    r, v_star = rewards.double(), rewards.double().mean(dim=1)
+    if beta1 < math.inf:
+        best = r.amax(dim=1, keepdim=True)
         v_star = best[:, 0] + beta1 * ((r - best) / beta1).expm1().mean(dim=1).log1p()
     return v_star.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def token_logprob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> torch.Tensor:
-    """log softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,) float32.
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024
+) -> Tensor:
+    """ln softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,).
 
-    `chunk` rows at a time: (R, V) logits never stand in memory, forward or backward (at V = 151,936 a
-    micro-batch of 16,384 tokens would take 9.3 GiB for one float32 copy). The logits of a chunk are
-    float32 also for bf16 inputs, whose own logits (8 bits) would carry errors of 0.1 nat and more.
+    `chunk` rows at a time, so that (R, V) logits never stand in memory, forward or backward: at
+    V = 151,936 one float32 copy for 16,384 tokens would be 9.3 GiB. Float32 logits and result also
+    for bf16 inputs, since logits with the 8 bits of bf16 are off by up to 0.2 % of their size.
     """
-    if (
-        hidden.ndim != 2
-        or targets.shape != hidden.shape[:1]
-        or weight.shape[1:] != hidden.shape[1:]
-    ):
-        shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+    if hidden.ndim != 2 or shapes[1][1:] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
         raise ValueError(f"need hidden (R, D), weight (V, D), targets (R,), not {shapes}")
     return _TokenLogprob.apply(hidden, weight, targets, temperature, chunk)
 
@@ -93,47 +84,43 @@ class _TokenLogprob(torch.autograd.Function):
             # d logp / d logits = (onehot(target) - softmax) / temperature, all in one buffer
             d_logits = _mm_float32(hidden[rows], weight.t()).div_(ctx.temperature)
             d_logits.sub_(log_z[rows, None]).exp_().mul_(-scale)
-            d_logits.scatter_add_(1, targets[rows, None], scale)
-            d_logits = d_logits.to(hidden.dtype)
+            d_logits = d_logits.scatter_add_(1, targets[rows, None], scale).to(hidden.dtype)
             grad_hidden[rows] = d_logits @ weight
             grad_weight += _mm_float32(d_logits.t(), hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product in float32; bf16 operands keep their fast kernel on a GPU."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def sequence_logprob(token_logp: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """log pi(y|x): sum each response's tokens, EOS included; (R,), lengths (B,) -> (B,) float32.
+def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
+    """ln pi(y|x): sum each response's tokens, EOS included; (R,), lengths (B,) -> (B,) float32.
 
-    The tokens of response b are the lengths[b] entries after those of the responses before it. Lengths
-    rather than `token != pad` say what belongs to a response: in many base models pad is EOS.
+    Response b owns the lengths[b] entries after those of the responses before it. Lengths rather
+    than `token != pad` say what belongs to it: in many base models pad is EOS.
     """
     if token_logp.ndim != 1 or int(lengths.sum()) != len(token_logp):
-        raise ValueError(
-            f"{tuple(token_logp.shape)} tokens for lengths that sum to {lengths.sum()}"
-        )
-    owner = torch.repeat_interleave(lengths, output_size=len(token_logp))  # 0, 0, 0, 1, 1, 2, ...
-    out = token_logp.new_zeros(len(lengths), dtype=torch.float32)
-    return out.index_add(0, owner.to(out.device), token_logp.float())
+        raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(token_logp.shape)}")
+    owner = torch.repeat_interleave(lengths).to(token_logp.device)  # 0, 0, 0, 1, 1, 2, ...
+    return token_logp.new_zeros(len(lengths)).index_add(0, owner, token_logp.float())
 
 
 def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Deal sequences to ranks and cut each hand into micro-batches: [rank][micro-batch] -> indices.
 
-    Longest first, each to the rank with the fewest tokens, so that all finish together; a micro-batch
-    has at most `budget` tokens (or one sequence). FSDP wants as many forwards on every rank: short
-    hands end with empty micro-batches.
+    Longest first, each to the rank with the fewest tokens, so that all finish together; a
+    micro-batch has at most `budget` tokens, or one sequence. FSDP wants equally many forwards on
+    every rank, so short hands end with empty micro-batches.
     """
     hands, tokens = [[[]] for _ in range(num_ranks)], [0] * num_ranks
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = tokens.index(min(tokens))
         tokens[rank] += lengths[i]
-        if sum(lengths[j] for j in hands[rank][-1]) + lengths[i] > budget and hands[rank][-1]:
+        if hands[rank][-1] and sum(lengths[j] for j in hands[rank][-1]) + lengths[i] > budget:
             hands[rank].append([])
         hands[rank][-1].append(i)
     most = max(len(hand) for hand in hands)
@@ -142,11 +129,11 @@ def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]
 
 def pack(
     prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu"
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Lay B sequences end to end without padding, T tokens, for a model with `packed_attention`.
+) -> tuple[dict[str, Any], Tensor]:
+    """Lay B sequences end to end without padding, for a model with `packed_attention`.
 
-    Returns the model's inputs, input_ids and position_ids (1, T), the bounds of the sequences, and
-    `rows` (R,), the places whose hidden state predicts the response tokens `targets` (R,); and the
+    Returns the inputs: input_ids and position_ids (1, T), the bounds of the sequences, and `rows`
+    (R,), the places whose hidden state predicts the response tokens `targets` (R,); and the
     responses' lengths (B,), on the CPU. A response's last token predicts nothing and is not fed.
     """
     ids, positions, rows, bounds = [], [], [], [0]
@@ -155,33 +142,22 @@ def pack(
         bounds.append(len(ids))
         positions += range(bounds[-1] - bounds[-2])
         rows += range(bounds[-1] - len(response), bounds[-1])
-    targets = [token for response in responses for token in response]
-    inputs = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
-        "rows": torch.tensor(rows, device=device),
-        "targets": torch.tensor(targets, device=device),
-        "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32, device=device),
-        "max_length_q": max(b - a for a, b in itertools.pairwise(bounds)),
-    }
+    inputs = {"input_ids": [ids], "position_ids": [positions], "rows": rows}
+    inputs["targets"] = list(itertools.chain(*responses))
+    inputs = {name: torch.tensor(x, device=device) for name, x in inputs.items()}
+    inputs["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+    inputs["max_length_q"] = max(b - a for a, b in itertools.pairwise(bounds))
     return inputs, torch.tensor([len(response) for response in responses])
 
 
 def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, cu_seq_lens_q: Tensor,
+    max_length_q: int, scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each packed sequence, as transformers calls it.
 
-    (1, heads, T, dim) -> (1, T, heads, dim). The causal window must be asked for: varlen_attn's default
-    is none, and transformers' own detection of packing is silent when it fails.
+    (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
+    is not; and what transformers itself does about packing fails silently.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if q.is_cuda:
@@ -190,46 +166,40 @@ def packed_attention(
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         options = {"window_size": (-1, 0), "enable_gqa": True}
         return varlen_attn(q, k, v, *bounds, scale=scaling, **options)[None], None
-    # The CPU has no such kernel: pad, for the attention alone, at the end, where a causal mask hides it.
+    # The CPU has no such kernel: pad for the attention alone, at the end, out of a causal mask's sight.
     real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
     padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
     for empty, x in zip(padded, (q, k, v), strict=True):
         empty[real] = x
-    padded = [x.transpose(1, 2) for x in padded]
-    out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling, enable_gqa=True)
+    q, k, v = (x.transpose(1, 2) for x in padded)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2)[real][None], None
 
 
 def a_star_po_loss(
-    logp: torch.Tensor,
-    ref_logp: torch.Tensor,
-    rewards: torch.Tensor,
-    v_star: torch.Tensor,
-    beta2: float,
-) -> torch.Tensor:
-    """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> scalar.
+    logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float
+) -> Tensor:
+    """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> ().
 
-    Sequence log-probs (sums over tokens), no importance ratio, no clipping, no normalisation. At the
-    published beta2 = 1e-3 an advantage of 0.3 is matched exactly only 300 nats from the reference, so
-    early training is a policy gradient with baseline V* and a weak pull towards the reference.
-    Raises ValueError on unequal shapes (broadcasting would be silent) or beta2 <= 0.
+    Sums over tokens, not means; no importance ratio, clipping or normalisation. At the published
+    beta2 = 1e-3 an advantage of 0.3 is matched only 300 nats from the reference: early training is
+    a policy gradient with baseline V* and a weak pull to the reference. Raises ValueError on unequal
+    shapes, which would broadcast silently, or beta2 <= 0.
     """
     shapes = {tuple(x.shape) for x in (logp, ref_logp, rewards, v_star)}
-    if shapes != {(len(logp),)} or not beta2 > 0:
+    if shapes != {(logp.numel(),)} or not beta2 > 0:
         raise ValueError(f"need four tensors (B,) and beta2 > 0, not {shapes} and {beta2}")
     residual = beta2 * (logp - ref_logp) - (rewards - v_star)
     return residual.square().mean()
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that k of the n samples drawn without replacement hold a correct one, 1 - C(n-c, k)/C(n, k).
+    """Chance that k of n samples, drawn without replacement, hold one of the c correct ones.
 
-    Unbiased for the pass@k of the model (Chen et al. 2021, arXiv 2107.03374); exact in integers.
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    1 - C(n-c, k) / C(n, k), the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374), in
+    exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     n, c = num_samples, num_correct
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(
-            f"need 0 <= num_correct <= num_samples and 1 <= k <= num_samples: {n, c, k}"
-        )
+        raise ValueError(f"need 0 <= num_correct <= num_samples >= k >= 1, not {c}, {n} and {k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
