@@ -80,66 +80,35 @@ def main() -> None:
     start = time.perf_counter()
     import torch
     import torch.distributed as dist
-    from tqdm import tqdm
 
     from losses import optimal_value
 
     rank, out, n = dist.get_rank(), Path(args.out), args.num_value_samples
-    engine = rank // args.tensor_parallel_size
-    engines = dist.get_world_size() // args.tensor_parallel_size
-
-    # What makes this file this one; a finished or a partial file made otherwise is refused.
-    free = ("out", "gpu_memory_utilization", "tensor_parallel_size")
-    identity = {name: value for name, value in vars(args).items() if name not in free}
-    identity["prompt_template"] = problems.PROMPT_TEMPLATE
-    identity["dataset_sha256"] = problems.content_sha256({"rows": rows})
-    identity["model_sha256"] = problems.model_sha256(args.model)
+    identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if out.exists():
-        values = json.loads(out.read_text())
-        problems.refuse_difference(f"{out}, which is finished,", values["header"], identity)
+        values = json.loads(out.read_text("utf-8"))
+        problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
         return print(summary(**values)) if rank == 0 else None
-    partial = problems.lock(Path(f"{out}.partial-{rank}"))
-    done = {(r["id"], r["sample"]) for r in problems.read_partial(out, identity)}
-    dist.barrier()  # all have read before one writes
-    problems.append_record(partial, {"identity": identity})
     if rank == 0:
         for key, reason in ungradable.items():
             print(f"dropped {key}: its answer is {reason}")
-
     llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, seed=args.seed)
     tokenizer, prompts = llm.get_tokenizer(), []
     for row in rows:
-        prompt = problems.format_prompt(row["question"], args.chat_template and tokenizer)
-        ids = problems.prompt_token_ids(tokenizer, prompt, args.chat_template)
+        row["prompt"] = problems.format_prompt(row["question"], args.chat_template and tokenizer)
+        ids = problems.prompt_token_ids(tokenizer, row["prompt"], args.chat_template)
         if len(ids) <= args.max_prompt_tokens:
-            prompts.append(row | {"prompt": prompt, "prompt_ids": ids})
+            prompts.append(row | {"prompt_ids": ids})
     if not prompts:
         raise UserError(f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}")
-
-    asked = [(p, i) for p in prompts for i in range(n) if (p["id"], i) not in done][engine::engines]
-    seeds = [problems.response_seed(args.seed, 0, p["id"], i) for p, i in asked]
-    jobs = [(p["prompt_ids"], seed, p["answer"]) for (p, _), seed in zip(asked, seeds, strict=True)]
-    wanted, tokens = {"temperature": args.temperature, "max_tokens": args.max_tokens}, 0
-    bar = tqdm(total=len(jobs), unit=" responses", disable=rank > 0)
-    for place, completion, reward in problems.sample(llm, jobs, **wanted):
-        (prompt, i), length = asked[place], len(completion.token_ids)
-        record = {"id": prompt["id"], "sample": i, "reward": reward, "tokens": length}
-        if rank % args.tensor_parallel_size == 0:  # the others of the group sample the same
-            problems.append_record(
-                partial, record | {"finished": completion.finish_reason == "stop"}
-            )
-        tokens += length
-        bar.update()
-    bar.close()
-    dist.barrier()
+    wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    drawn = problems.sample_all(llm, prompts, n, out, identity, args, **wanted)
     if rank == 0:
-        seconds = time.perf_counter() - start
-        drawn = {(r["id"], r["sample"]): r for r in problems.read_partial(out, identity)}
+        drawn = {(r["id"], r["sample"]): r for r in drawn}
         for prompt in prompts:
             samples = [drawn[prompt["id"], i] for i in range(n)]
-            prompt["rewards"], prompt["lengths"] = (
-                [r[k] for r in samples] for k in ("reward", "tokens")
-            )
+            prompt["rewards"] = [r["reward"] for r in samples]
+            prompt["lengths"] = [r["tokens"] for r in samples]
             prompt["truncated"] = sum(not r["finished"] for r in samples)
             del prompt["prompt_ids"]
         rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
@@ -147,11 +116,12 @@ def main() -> None:
             prompts, optimal_value(rewards, args.beta1).tolist(), strict=True
         ):
             prompt["v_star"] = v_star
-        header = vars(args) | identity
+        seconds = time.perf_counter() - start
+        header = vars(args) | identity | {"seconds": seconds, "grading": problems.grading_counts()}
         header |= {"versions": {m: version(m) for m in ("torch", "transformers", "math-verify")}}
         header |= {"dropped_long": len(rows) - len(prompts), "dropped_ungradable": len(ungradable)}
-        header |= {"truncated": sum(p["truncated"] for p in prompts), "seconds": seconds}
-        header |= {"tokens_per_second": tokens / seconds, "grading": problems.grading_counts()}
+        header["tokens_per_second"] = sum(sum(p["lengths"]) for p in prompts) / seconds
+        header["truncated"] = sum(p["truncated"] for p in prompts)
         header["pass_at_1"] = (rewards > 0).double().mean().item()
         header["pass_at_n"] = (rewards > 0).any(dim=1).double().mean().item()
         header["sha256"] = problems.content_sha256({"header": header, "prompts": prompts})

@@ -306,12 +306,11 @@ def whole_step(folder: Path) -> int:
         return 0
 
 
-def open_run(args: argparse.Namespace, header: dict, model_sha256: str) -> tuple[TextIO, int]:
+def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int]:
     """Take OUT for this process alone; returns its metrics file and the step to continue after."""
     out, config = Path(args.out), Path(args.out) / "config.json"
-    problems.refuse_difference(args.values, header, {"model_sha256": model_sha256})
-    identity = {k: v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
-    identity |= {"model_sha256": model_sha256, "values_sha256": header["sha256"]}
+    problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
+    identity["values_sha256"] = header["sha256"]
     metrics, step = problems.lock(out / "metrics.jsonl"), 0
     if config.exists():
         try:
@@ -380,8 +379,8 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     rank, world, on_gpu = dist.get_rank(), dist.get_world_size(), torch.cuda.is_available()
-    model_sha256 = problems.model_sha256(args.model)
-    metrics, done = open_run(args, header, model_sha256) if rank == 0 else (None, 0)
+    identity = problems.identify(args, *FREE_ON_RESUME)
+    metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) >= args.num_steps:
         return

@@ -30,7 +30,7 @@ EOS = "<|endoftext|>"
 SLIP = {
     "+": (0.0, 0.05, 0.95, 0.50, 0.80),
     "-": (0.0, 0.70, 0.30, 0.95, 0.50),
-    "*": (0.0, 0.95, 0.60, 0.90),
+    "*": (0.0, 0.95, 0.60),
 }
 KINDS = [(op, digits) for op, rates in SLIP.items() for digits in range(1, len(rates) + 1)]
 
@@ -63,6 +63,8 @@ def work(problem: tuple[str, int, int], careless: bool) -> str:
             p += 10
         value = {"+": p + q + carry, "-": p - q - carry, "*": p * q + carry}[op]
         paid = "" if carry == 0 else f"-{carry}" if op == "-" else f"+{carry}"
+        if op == "*" and carry:
+            paid += f"={p * q}+{carry}"
         lines.append(f"{p}{op}{q}{paid}={value}")
         answer = f"{value % 10}{answer}"
         carry = 0 if careless else int(p > 9) if op == "-" else value // 10

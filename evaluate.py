@@ -1,0 +1,185 @@
+"""Stage 3: score a model on math benchmarks, mean@n and pass@k with standard errors.
+
+    python evaluate.py --model runs/math/final --benchmarks math500,amc23 --out results/math
+    python evaluate.py --grade results/math/math500.jsonl       # score saved outputs again, no model
+
+As in the paper, the large sets get one greedy answer to each problem, AMC, AIME and HMMT 32 samples at
+temperature 1. Every sample is saved; a killed run continues when started again with the same arguments.
+"""
+
+import argparse
+import glob
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import problems
+from losses import pass_at_k
+from problems import UserError
+
+SMALL = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")  # 30 or 40 problems each
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    add = parser.add_argument
+    add("--model", default="runs/math/final", help="a folder or a hub id")
+    add(
+        "--benchmarks",
+        default="math500,minerva,olympiadbench,amc23",
+        help="names or files, with commas",
+    )
+    add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
+    add("--temperature", type=float, help="(default: 0, greedy, for one sample, else 1)")
+    add("--top-p", type=float, default=1.0, help="nucleus of sampling")
+    add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
+    add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--out", default="results/math", help="folder of the samples and summary.json")
+    add("--grade", help="score this file of outputs (answer, output[, finished, id]) instead")
+    add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="the engine's share of a GPU")
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
+    return parser.parse_args()
+
+
+def score(records: list[dict]) -> dict:
+    """Sum up samples {"id", "reward", "answer", "output", "finished", "tokens"} of one benchmark.
+
+    Fractions between 0 and 1. `stderr` is over problems; `mean_without_eos_rule` waives the rule
+    that a response without EOS earns 0, since base models often answer and ramble on.
+    """
+    rewards = {}
+    for record in records:
+        rewards.setdefault(record["id"], []).append(record["reward"])
+    unfinished = [r for r in records if not r["finished"]]
+    waived = problems.grade([r["output"] for r in unfinished], [r["answer"] for r in unfinished])
+    means, n = [statistics.mean(r) for r in rewards.values()], min(map(len, rewards.values()))
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    ks = [2**i for i in range(n.bit_length())]
+    ks += [n] if n not in ks else []
+    return {
+        "num_problems": len(means),
+        "num_samples": n,
+        "mean": statistics.mean(means),
+        "stderr": spread / math.sqrt(len(means)),
+        "pass_at_k": {
+            str(k): statistics.mean(pass_at_k(len(r), round(sum(r)), k) for r in rewards.values())
+            for k in ks
+        },
+        "truncated": len(unfinished) / len(records),
+        "tokens": statistics.mean(r["tokens"] for r in records),
+        "mean_without_eos_rule": (sum(r["reward"] for r in records) + sum(waived)) / len(records),
+    }
+
+
+def table(benchmarks: dict[str, dict]) -> str:
+    """Lay scores out for a person; "any end" waives the rule that a response without EOS earns 0."""
+    row = "{:<16} {:>8} {:>4} {:>14} {:>8} {:>9} {:>7}  {}".format
+    lines = [
+        row("benchmark", "problems", "n", "mean ± s.e.", "any end", "truncated", "tokens", "pass@k")
+    ]
+    for name, s in benchmarks.items():
+        passes = "  ".join(f"@{k} {value:.1%}" for k, value in s["pass_at_k"].items())
+        mean, waived = f"{s['mean']:.1%} ± {s['stderr']:.1%}", f"{s['mean_without_eos_rule']:.1%}"
+        ends = waived, f"{s['truncated']:.1%}", f"{s['tokens']:.0f}", passes
+        lines.append(row(name, s["num_problems"], s["num_samples"], mean, *ends))
+    return "\n".join(lines)
+
+
+def report_ungradable(rows: list[dict]) -> None:
+    """Say which answers cannot be graded; UserError if none can."""
+    gradable, reasons = problems.split_gradable(rows)
+    for key, reason in reasons.items():
+        print(f"{key} counts as wrong, its answer is {reason}")
+    if not gradable:
+        raise UserError("no answer can be graded")
+
+
+def grade_file(path: Path) -> dict:
+    """Score saved outputs again; UserError unless every row has an answer and an output."""
+    defaults, rows = {"finished": True, "tokens": 0}, []
+    for number, row in enumerate(problems.read_rows(path), start=1):
+        if (
+            not isinstance(row, dict)
+            or "answer" not in row
+            or not isinstance(row.get("output"), str)
+        ):
+            raise UserError(f"{path}, row {number} has no answer and output: {row!r:.60}")
+        rows.append({"id": f"row {number}"} | defaults | row)
+    report_ungradable(rows)
+    rewards = problems.grade([r["output"] for r in rows], [r["answer"] for r in rows])
+    for row, reward in zip(rows, rewards, strict=True):
+        row["reward"] = reward if row["finished"] else 0.0
+    return score(rows)
+
+
+def main() -> None:
+    """Sample, grade, save, sum up."""
+    args = parse_args()
+    problems.check_numbers(args, "num_samples", "limit", "temperature")
+    if args.grade:
+        return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
+    sets, out = {}, Path(args.out)
+    for name in args.benchmarks.split(","):
+        stem = Path(name).stem if Path(name).suffix else name
+        sets[stem] = problems.load_problems(name, "test")[: args.limit or None]
+        report_ungradable(sets[stem])
+    context = problems.context_length(args.model)
+    problems.launch()
+    import torch.distributed as dist
+    from transformers import AutoTokenizer
+
+    rank, summary, done = dist.get_rank(), out / "summary.json", {}
+    header = problems.identify(args, "benchmarks", "grade")
+    if summary.exists():
+        saved = json.loads(summary.read_text("utf-8"))
+        problems.refuse_difference(f"what is in {out}", saved["header"], header)
+        done = saved["benchmarks"]
+    tokenizer = AutoTokenizer.from_pretrained(problems.model_folder(args.model))
+    for row in itertools.chain(*sets.values()):
+        row["prompt"] = problems.format_prompt(row["question"], args.chat_template and tokenizer)
+        row["prompt_ids"] = problems.prompt_token_ids(tokenizer, row["prompt"], args.chat_template)
+    longest = max(len(row["prompt_ids"]) for row in itertools.chain(*sets.values()))
+    llm = problems.start_engine(args, min(context, longest + args.max_tokens), seed=args.seed)
+    for name in sets.keys() - done.keys():
+        n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
+        temperature = float(n > 1) if args.temperature is None else args.temperature
+        params = {"temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+        rows = [row for row in sets[name] if len(row["prompt_ids"]) + args.max_tokens <= context]
+        identity = header | {"rows_sha256": problems.content_sha256({"rows": sets[name]})}
+        drawn = problems.sample_all(llm, rows, n, file, identity, args, **params)
+        drawn = {(r["id"], r["sample"]): r for r in drawn}
+        long = {
+            "reward": 0.0,
+            "output": "",
+            "tokens": 0,
+            "finished": False,
+        }  # no room for a response
+        records = [
+            {"prompt": row["prompt"], "answer": row["answer"], "id": row["id"], "sample": i}
+            | drawn.get((row["id"], i), long)
+            for row in sets[name]
+            for i in range(n)
+        ]
+        if rank == 0:
+            done[name] = score(records)
+            problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
+            problems.write_whole(
+                summary, json.dumps({"header": header, "benchmarks": done}, indent=2)
+            )
+            for path in out.glob(f"{glob.escape(file.name)}.partial-*"):
+                path.unlink()
+        dist.barrier()
+    if rank == 0:
+        print(table(done))
+        print("grading:", problems.grading_counts())
+    llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
+
+
+if __name__ == "__main__":
+    problems.run(main)
