@@ -8,8 +8,6 @@ temperature 1. Every sample is saved; a killed run continues when started again 
 """
 
 import argparse
-import glob
-import itertools
 import json
 import math
 import statistics
@@ -19,6 +17,8 @@ import problems
 from losses import pass_at_k
 from problems import UserError
 
+FIELDS = ("id", "sample", "prompt", "answer", "output", "reward", "tokens", "finished")
+UNASKED = {"output": "", "reward": 0.0, "tokens": 0, "finished": False}  # no room to answer
 SMALL = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")  # 30 or 40 problems each
 
 
@@ -48,46 +48,38 @@ def parse_args() -> argparse.Namespace:
 
 
 def score(records: list[dict]) -> dict:
-    """Sum up samples {"id", "reward", "answer", "output", "finished", "tokens"} of one benchmark.
+    """Sum up one benchmark's samples {"id", "reward", "answer", "output", "finished", "tokens"}.
 
-    Fractions between 0 and 1. `stderr` is over problems; `mean_without_eos_rule` waives the rule
-    that a response without EOS earns 0, since base models often answer and ramble on.
+    Fractions between 0 and 1, means over problems of means over samples, `stderr` over problems.
+    `mean_any_end` waives the rule that a response without EOS earns 0: base models ramble on.
     """
-    rewards = {}
+    by_problem, unfinished = {}, [r for r in records if not r["finished"]]
     for record in records:
-        rewards.setdefault(record["id"], []).append(record["reward"])
-    unfinished = [r for r in records if not r["finished"]]
+        by_problem.setdefault(record["id"], []).append(record["reward"])
+    rewards = list(by_problem.values())
     waived = problems.grade([r["output"] for r in unfinished], [r["answer"] for r in unfinished])
-    means, n = [statistics.mean(r) for r in rewards.values()], min(map(len, rewards.values()))
-    spread = statistics.stdev(means) if len(means) > 1 else 0.0
-    ks = [2**i for i in range(n.bit_length())]
-    ks += [n] if n not in ks else []
-    return {
-        "num_problems": len(means),
-        "num_samples": n,
-        "mean": statistics.mean(means),
-        "stderr": spread / math.sqrt(len(means)),
-        "pass_at_k": {
-            str(k): statistics.mean(pass_at_k(len(r), round(sum(r)), k) for r in rewards.values())
-            for k in ks
-        },
-        "truncated": len(unfinished) / len(records),
-        "tokens": statistics.mean(r["tokens"] for r in records),
-        "mean_without_eos_rule": (sum(r["reward"] for r in records) + sum(waived)) / len(records),
-    }
+    means, n = [statistics.mean(r) for r in rewards], min(map(len, rewards))
+    passed = lambda k: statistics.mean(pass_at_k(len(r), round(sum(r)), k) for r in rewards)  # noqa: E731
+    sizes = {"num_problems": len(means), "num_samples": n, "mean": statistics.mean(means)}
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    tokens = statistics.mean(r["tokens"] for r in records)
+    any_end = (sum(r["reward"] for r in records) + sum(waived)) / len(records)
+    ends = {"truncated": len(unfinished) / len(records), "tokens": tokens, "mean_any_end": any_end}
+    return sizes | {"stderr": error, "pass_at_k": {str(k): passed(k) for k in ks}} | ends
 
 
 def table(benchmarks: dict[str, dict]) -> str:
-    """Lay scores out for a person; "any end" waives the rule that a response without EOS earns 0."""
-    row = "{:<16} {:>8} {:>4} {:>14} {:>8} {:>9} {:>7}  {}".format
+    """Lay the scores out for a person."""
+    row = "{:<16} {:>8} {:>3} {:>15} {:>8} {:>9} {:>6}  {}".format
     lines = [
         row("benchmark", "problems", "n", "mean ± s.e.", "any end", "truncated", "tokens", "pass@k")
     ]
     for name, s in benchmarks.items():
-        passes = "  ".join(f"@{k} {value:.1%}" for k, value in s["pass_at_k"].items())
-        mean, waived = f"{s['mean']:.1%} ± {s['stderr']:.1%}", f"{s['mean_without_eos_rule']:.1%}"
-        ends = waived, f"{s['truncated']:.1%}", f"{s['tokens']:.0f}", passes
-        lines.append(row(name, s["num_problems"], s["num_samples"], mean, *ends))
+        mean, passes = f"{s['mean']:.1%} ± {s['stderr']:.1%}", s["pass_at_k"].items()
+        ends = (f"{s['mean_any_end']:.1%}", f"{s['truncated']:.1%}", f"{s['tokens']:.0f}")
+        passes = "  ".join(f"@{k} {value:.1%}" for k, value in passes)
+        lines.append(row(name, s["num_problems"], s["num_samples"], mean, *ends, passes))
     return "\n".join(lines)
 
 
@@ -102,20 +94,19 @@ def report_ungradable(rows: list[dict]) -> None:
 
 def grade_file(path: Path) -> dict:
     """Score saved outputs again; UserError unless every row has an answer and an output."""
-    defaults, rows = {"finished": True, "tokens": 0}, []
-    for number, row in enumerate(problems.read_rows(path), start=1):
+    defaults, rows = {"finished": True, "tokens": 0}, problems.read_rows(path)
+    for i, row in enumerate(rows):
         if (
             not isinstance(row, dict)
             or "answer" not in row
             or not isinstance(row.get("output"), str)
         ):
-            raise UserError(f"{path}, row {number} has no answer and output: {row!r:.60}")
-        rows.append({"id": f"row {number}"} | defaults | row)
+            raise UserError(f"{path}, row {i + 1} has not an answer and an output: {row!r:.60}")
+        rows[i] = {"id": f"row {i + 1}"} | defaults | row
     report_ungradable(rows)
     rewards = problems.grade([r["output"] for r in rows], [r["answer"] for r in rows])
-    for row, reward in zip(rows, rewards, strict=True):
-        row["reward"] = reward if row["finished"] else 0.0
-    return score(rows)
+    pairs = zip(rows, rewards, strict=True)
+    return score([row | {"reward": reward * bool(row["finished"])} for row, reward in pairs])
 
 
 def main() -> None:
@@ -124,11 +115,11 @@ def main() -> None:
     problems.check_numbers(args, "num_samples", "limit", "temperature")
     if args.grade:
         return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
-    sets, out = {}, Path(args.out)
+    sets, out, every = {}, Path(args.out), []
     for name in args.benchmarks.split(","):
-        stem = Path(name).stem if Path(name).suffix else name
-        sets[stem] = problems.load_problems(name, "test")[: args.limit or None]
-        report_ungradable(sets[stem])
+        rows = problems.load_problems(name, "test")[: args.limit or None]
+        report_ungradable(rows)
+        sets[Path(name).stem if Path(name).suffix else name], every = rows, every + rows
     context = problems.context_length(args.model)
     problems.launch()
     import torch.distributed as dist
@@ -137,47 +128,36 @@ def main() -> None:
     rank, summary, done = dist.get_rank(), out / "summary.json", {}
     header = problems.identify(args, "benchmarks", "grade")
     if summary.exists():
-        saved = json.loads(summary.read_text("utf-8"))
+        saved = problems.read_json(summary)
         problems.refuse_difference(f"what is in {out}", saved["header"], header)
         done = saved["benchmarks"]
     tokenizer = AutoTokenizer.from_pretrained(problems.model_folder(args.model))
-    for row in itertools.chain(*sets.values()):
-        row["prompt"] = problems.format_prompt(row["question"], args.chat_template and tokenizer)
-        row["prompt_ids"] = problems.prompt_token_ids(tokenizer, row["prompt"], args.chat_template)
-    longest = max(len(row["prompt_ids"]) for row in itertools.chain(*sets.values()))
-    llm = problems.start_engine(args, min(context, longest + args.max_tokens), seed=args.seed)
-    for name in sets.keys() - done.keys():
+    problems.write_prompts(every, tokenizer, args.chat_template)
+    longest = max(len(row["prompt_ids"]) for row in every) + args.max_tokens
+    llm = problems.start_engine(args, min(context, longest), seed=args.seed)
+    for name in (name for name in sets if name not in done):
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
         temperature = float(n > 1) if args.temperature is None else args.temperature
         params = {"temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
         rows = [row for row in sets[name] if len(row["prompt_ids"]) + args.max_tokens <= context]
         identity = header | {"rows_sha256": problems.content_sha256({"rows": sets[name]})}
         drawn = problems.sample_all(llm, rows, n, file, identity, args, **params)
-        drawn = {(r["id"], r["sample"]): r for r in drawn}
-        long = {
-            "reward": 0.0,
-            "output": "",
-            "tokens": 0,
-            "finished": False,
-        }  # no room for a response
-        records = [
-            {"prompt": row["prompt"], "answer": row["answer"], "id": row["id"], "sample": i}
-            | drawn.get((row["id"], i), long)
-            for row in sets[name]
-            for i in range(n)
-        ]
+        records = {
+            (row["id"], i): row | {"sample": i} | UNASKED for row in sets[name] for i in range(n)
+        }
+        for record in drawn:
+            records[record["id"], record["sample"]] |= record
+        records = [{field: r[field] for field in FIELDS} for r in records.values()]
         if rank == 0:
             done[name] = score(records)
-            problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
             problems.write_whole(
-                summary, json.dumps({"header": header, "benchmarks": done}, indent=2)
+                file, "".join(json.dumps(record) + "\n" for record in records), True
             )
-            for path in out.glob(f"{glob.escape(file.name)}.partial-*"):
-                path.unlink()
+            scores = {"header": header, "benchmarks": done}
+            problems.write_whole(summary, json.dumps(scores, indent=2))
         dist.barrier()
     if rank == 0:
-        print(table(done))
-        print("grading:", problems.grading_counts())
+        print(table(done), "grading:", problems.grading_counts(), sep="\n")
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
 
 

@@ -106,7 +106,8 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     if token_logp.ndim != 1 or int(lengths.sum()) != len(token_logp):
         raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(token_logp.shape)}")
     owner = torch.repeat_interleave(lengths).to(token_logp.device)  # 0, 0, 0, 1, 1, 2, ...
-    return token_logp.new_zeros(len(lengths)).index_add(0, owner, token_logp.float())
+    token_logp = token_logp.float()
+    return token_logp.new_zeros(len(lengths)).index_add(0, owner, token_logp)
 
 
 def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:

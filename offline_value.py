@@ -8,7 +8,6 @@ again with the same arguments, stage 1 samples only what is missing.
 """
 
 import argparse
-import glob
 import json
 import time
 from collections import Counter
@@ -86,19 +85,15 @@ def main() -> None:
     rank, out, n = dist.get_rank(), Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if out.exists():
-        values = json.loads(out.read_text("utf-8"))
+        values = problems.read_json(out)
         problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
         return print(summary(**values)) if rank == 0 else None
     if rank == 0:
         for key, reason in ungradable.items():
             print(f"dropped {key}: its answer is {reason}")
     llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, seed=args.seed)
-    tokenizer, prompts = llm.get_tokenizer(), []
-    for row in rows:
-        row["prompt"] = problems.format_prompt(row["question"], args.chat_template and tokenizer)
-        ids = problems.prompt_token_ids(tokenizer, row["prompt"], args.chat_template)
-        if len(ids) <= args.max_prompt_tokens:
-            prompts.append(row | {"prompt_ids": ids})
+    problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
+    prompts = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     if not prompts:
         raise UserError(f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}")
     wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
@@ -126,8 +121,6 @@ def main() -> None:
         header["pass_at_n"] = (rewards > 0).any(dim=1).double().mean().item()
         header["sha256"] = problems.content_sha256({"header": header, "prompts": prompts})
         problems.write_whole(out, json.dumps({"header": header, "prompts": prompts}))
-        for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-            path.unlink()
         print(summary(header, prompts))
     dist.barrier()
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well

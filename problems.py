@@ -5,7 +5,6 @@ imported at the top, because the file is also run as a grading worker (section 4
 """
 
 import ctypes
-import numbers
 import datetime
 import fcntl
 import functools
@@ -25,7 +24,6 @@ import sys
 import threading
 import zlib
 from collections import Counter, deque
-from decimal import Context, Decimal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from fractions import Fraction
@@ -60,10 +58,10 @@ DATASETS = {
 
 
 def load_problems(name: str, serves: str | None = None) -> list[dict]:
-    """Load a registered dataset, or a .jsonl, .json or .parquet file, as {"id", "question", "answer"}.
+    """Load a registered dataset or a .jsonl, .json or .parquet file: {"id", "question", "answer"}.
 
-    `serves` is "train" or "test" (some names have both); None takes the first. What cannot be loaded
-    raises UserError; an answer that cannot be graded is kept, for `split_gradable` to find.
+    `serves` is "train" or "test" (some names have both); None takes the first. What cannot be
+    loaded is a UserError; an answer that cannot be graded is kept, for `split_gradable` to find.
     """
     path, keys = Path(name), [k for k in DATASETS if k[0] == name and serves in (None, k[1])]
     if path.suffix in (".jsonl", ".json", ".parquet"):
@@ -80,19 +78,16 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
             ) from error
     else:
         known = ", ".join(sorted({n for n, role in DATASETS if serves in (None, role)}))
-        raise UserError(
-            f"unknown dataset {name!r}: use a .jsonl, .json or .parquet file, or {known}"
-        )
+        raise UserError(f"no dataset {name!r}: give a .jsonl, .json or .parquet file, or {known}")
     problems = {}
     for number, row in enumerate(rows, start=1):
         where = f"{name}, row {number}"
         if not isinstance(row, dict) or not row.keys() >= {question_column, answer_column}:
-            columns = f"{question_column!r} and {answer_column!r}"
-            raise UserError(f"{where} has not the columns {columns}: {row!r:.60}")
+            raise UserError(f"{where} lacks {question_column!r} or {answer_column!r}: {row!r:.80}")
         question, answer = row[question_column], row[answer_column]
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}: the question is not a text: {question!r:.60}")
-        question = question.encode(errors="replace").decode()  # no tokenizer takes a lone surrogate
+        question = question.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
         if answer_column == "solution":
             answer = last_box(str(answer))
         elif name == "gsm8k":
@@ -102,7 +97,7 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
         key = row.get("id") if path.suffix else None
         key = f"{path.stem}/{number - 1}" if key is None else str(key)
         if key in problems:
-            raise UserError(f"{where}: the id {key!r} was taken by a row before it")
+            raise UserError(f"{where}: its id {key!r} is also that of a row before it")
         problems[key] = {"id": key, "question": question, "answer": answer}
     if not problems:
         raise UserError(f"{name} has no rows")
@@ -111,24 +106,21 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
 
 def read_rows(path: Path) -> list:
     """Read a local file's rows; UserError says what is wrong and where."""
-    rows = []
+    rows, where = [], path
     try:
         if path.suffix == ".parquet":
             import datasets
 
             return datasets.Dataset.from_parquet(str(path)).to_list()
-        with open(path, encoding="utf-8-sig") as lines:  # -sig: a byte-order mark is dropped
-            if path.suffix == ".json":
-                return json.load(lines)
-            for number, line in enumerate(lines, start=1):  # noqa: B007 (told in the error)
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        number = error.lineno if path.suffix == ".json" else number
-        raise UserError(f"{path}, line {number}: no valid JSON: {error.msg}") from error
+        text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is dropped
+        if path.suffix == ".json":
+            return json.loads(text)
+        for number, line in enumerate(text.split("\n"), start=1):
+            where = f"{path}, line {number}"
+            rows += [json.loads(line)] if line.strip() else []
+        return rows
     except Exception as error:  # missing, unreadable, damaged: datasets raises a dozen types
-        raise UserError(f"cannot read {path}: {cause(error)}") from error
-    return rows
+        raise UserError(f"cannot read {where}: {cause(error)}") from error
 
 
 def split_gradable(problems: list[dict]) -> tuple[list[dict], dict[str, str]]:
@@ -157,9 +149,12 @@ def format_prompt(question: str, chat_tokenizer: Any = None) -> str:
     return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def prompt_token_ids(tokenizer: Any, prompt: str, chat_template: bool) -> list[int]:
-    """Tokenize a prompt; a chat template has already written the special tokens (BOS) itself."""
-    return tokenizer(prompt, add_special_tokens=not chat_template).input_ids
+def write_prompts(rows: list[dict], tokenizer: Any, chat_template: bool) -> None:
+    """Give each row its "prompt", if it has none, and "prompt_ids"."""
+    for row in rows:
+        row.setdefault("prompt", format_prompt(row["question"], chat_template and tokenizer))
+        # a chat template has already written the special tokens (BOS) itself
+        row["prompt_ids"] = tokenizer(row["prompt"], add_special_tokens=not chat_template).input_ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,8 +198,9 @@ def check_answer(answer: Any) -> str:
 
 def last_box(text: str) -> str | None:
     """Cut out what the last balanced \\boxed{} or \\fbox{} holds, in one pass; None if none is."""
-    opened, last = [], None
-    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+    opened, last, first = [], None, re.search(r"\\(?:boxed|fbox)", text)
+    token_pattern = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+    for token in token_pattern.finditer(text, first.start()) if first else ():
         if token[0] == "}" and opened:
             opener = opened.pop()
             if len(opener[0]) > 1 and (last is None or opener.end() > last[0]):
@@ -214,15 +210,17 @@ def last_box(text: str) -> str | None:
     return text[slice(*last)] if last else None
 
 
-_LETTERS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi "}
-    | {"∞": r"\infty ", "∪": r"\cup ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "°": r"^\circ "}
-)
+_LETTERS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi "}
+_LETTERS |= {"∞": r"\infty ", "∪": r"\cup", "²": "^2", "³": "^3", "½": r"\frac12", "°": r"^\circ "}
 _NESTED = re.compile(r"(?:[({[] *){10}|(?:[({[][^({[]*){100}")
+
+
+def _no_commas(found: re.Match) -> str:
+    return found[0].replace(",", "")
+
+
 _BREAK = r"\\"
-_BARE = (
-    r"[a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?"  # units need no \text, but 5x has none
-)
+_BARE = r"[a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?"  # units, where x is none
 _RULES = [  # in this order, each with the case that demands it
     (re.compile(pattern), becomes)
     for pattern, becomes in [
@@ -267,10 +265,7 @@ _RULES = [  # in this order, each with the case that demands it
         (r"(?<![\d.^])(\d+) *(\\frac *\{\d+\} *\{\d+\})(?! *([a-z(]|\\(?!text)))", r"(\1+\2)"),
         (r"(?<![\d.])\d{1,3}( \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 234
         # 12,345, but (1,234) is a point
-        (
-            r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\}))",
-            lambda m: m[0].replace(",", ""),
-        ),
+        (r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\}))", _no_commas),
         (r"^[ =+]+|( |[.,;:]|\\\\)*$", ""),
     ]
 ]
@@ -288,7 +283,7 @@ _NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|million|
 
 def _tidy(text: str) -> str:
     """Write a piece of LaTeX in one of the many ways in which it can be spelled."""
-    text = text.translate(_LETTERS)
+    text = text.translate(str.maketrans(_LETTERS))
     for pattern, becomes in _RULES:
         text = pattern.sub(becomes, text)
     return text
@@ -421,37 +416,27 @@ def _number(text: str) -> Fraction | None:
     return Fraction(text) if plain else None
 
 
-_PYTHON = [
-    (re.compile(pattern), becomes)
-    for pattern, becomes in [
-        (r"\\frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))"),
-        (r"\\sqrt *\{([^{}]*)\}", r"((\1)**.5)"),
-        (r"\^ *\{([^{}]*)\}", r"**(\1)"),
-        (r"\\pi(?![a-z])", "P"),
-        (r"\\cdot(?![a-z])|\\times(?![a-z])", "*"),
-    ]
-]
-_LETTER_VALUES = {"e": math.e, "i": 1j, "P": math.pi}
-_LETTER_VALUES |= {letter: 0.7 + 0.13 * n for n, letter in enumerate("abcdfghjklmnopqrstuvwxyz")}
+_PYTHON = {r"\\frac *\{([^{}]*)\} *\{([^{}]*)\}": r"((\1)/(\2))", r"\^ *\{([^{}]*)\}": r"^(\1)"}
+_PYTHON |= {r"\\sqrt *\{([^{}]*)\}": r"((\1)**.5)", r"\\pi(?![a-z])": "P", r"\\(cdot|times)\b": "*"}
+_VALUES = {letter: 0.7 + 0.13 * n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+_VALUES |= {"e": math.e, "i": 1j, "P": math.pi}
 
 
 def _float(text: str) -> complex | None:
-    """Estimate a value, each letter standing for a number; None if more than + - * / ^ are in it.
+    """Estimate a value, letters being numbers; None if it is written with more than + - * / ^.
 
-    Most wrong answers are told so, a hundred times faster than by math-verify.
+    Most wrong answers are told from right ones so, a hundred times faster than by math-verify.
     """
-    before = ""
-    while before != text:  # from the innermost braces outwards
-        before = text
-        for pattern, becomes in _PYTHON:
-            text = pattern.sub(becomes, text)
+    for _ in range(4):  # from the innermost braces outwards
+        for pattern, becomes in _PYTHON.items():
+            text = re.sub(pattern, becomes, text)
     text = text.replace("^", "**").replace(" ", "")
-    text = re.sub(r"(?<=[\da-zP)])(?=[a-zP(])|(?<=[a-zP)])(?=\d)", "*", text)
-    if not re.fullmatch(r"[\d.+\-*/()a-zP]+", text) or re.search(r"\.(?!\d)", text):
+    if not re.fullmatch(r"(?:\d++(?:\.\d++)?|\.\d++|[+\-*/()a-zP])++", text):
         return None
+    text = re.sub(r"(?<=[\da-zP)])(?=[a-zP(])|(?<=[a-zP)])(?=\d)", "*", text)
     text = re.sub(r"[\d.]+", r"\g<0>e0", text)  # as floats, 9**9**9 overflows at once
     try:
-        return complex(eval(text, {"__builtins__": {}}, _LETTER_VALUES))
+        return complex(eval(text, {"__builtins__": {}}, _VALUES))
     except (ArithmeticError, SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return None
 
@@ -512,9 +497,7 @@ def _verify(gold: str, pred: str) -> bool:
         if ("." in gold) != ("." in pred) and not any(tree.is_Integer for tree in trees):
             return str(a.n(6)) == str(b.n(6))
         return bool(abs(a - b) <= abs(a) * Rational(1, 10**25))
-    except (
-        Exception
-    ):  # whatever a parser or an algebra system raises, nothing has shown the box right
+    except Exception:  # whatever a parser or an algebra system raises, the box is not shown right
         return False
 
 
@@ -566,7 +549,7 @@ def grading_counts() -> dict[str, int]:
 def _pool(pid: int) -> queue.SimpleQueue:
     """Start this process's threads, one a worker; more than cores, as some wait for what hangs."""
     tasks = queue.SimpleQueue()
-    for _ in range(min(16, 2 * os.cpu_count() + 2)):
+    for _ in range(min(16, os.cpu_count() + 2)):
         threading.Thread(target=_drive_worker, args=(tasks,), daemon=True).start()
     return tasks
 
@@ -602,7 +585,10 @@ def _work() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    _verify("x+1", "y+1")  # imports
+    _verify(
+        r"\frac{x^{2}}{\sqrt{3}}=1", r"(x-1)(x+1)=2y"
+    )  # the parser is slow until it has learned
+    _verify(r"\sqrt[3]{x}-1.5\cdot 2!", r"\frac{2\pi}{3}+x^{2}")
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_PAIR)
         print(reward(*json.loads(line)), flush=True)
@@ -632,10 +618,10 @@ def launch() -> None:
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in the rank
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or it all sits on one core
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # The engine lives in its rank; a CPU engine takes all cores, not one, and 1 GiB.
+    for setting in ("ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind",
+                    "CPU_KVCACHE_SPACE=1", "LOGGING_LEVEL=ERROR"):  # fmt: skip
+        os.environ.setdefault(*f"VLLM_{setting}".split("="))
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -726,9 +712,14 @@ def sample_all(
 
     rank, tp = dist.get_rank(), args.tensor_parallel_size
     partial = lock(Path(f"{out}.partial-{rank}"))
+
+    def save(record: dict) -> None:
+        text = json.dumps(record)  # behind a checksum: a torn line is known for one
+        print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
+
     have = {(r["id"], r["sample"]) for r in read_partial(out, identity)}
     dist.barrier()  # all have read before one writes
-    append_record(partial, {"identity": identity})
+    save({"identity": identity})
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in have]
     asked = asked[rank // tp :: dist.get_world_size() // tp]
     seeds = [response_seed(args.seed, 0, row["id"], i) for row, i in asked]
@@ -739,7 +730,7 @@ def sample_all(
             record |= {"output": out_.text, "tokens": len(out_.token_ids)}
             record |= {"finished": out_.finish_reason == "stop"}
             if rank % tp == 0:  # the others of the group draw the same
-                append_record(partial, record)
+                save(record)
             bar.update()
     dist.barrier()
     return read_partial(out, identity)
@@ -777,9 +768,16 @@ def model_folder(model: str) -> Path:
 
 
 def context_length(model: str) -> float:
-    """Count the tokens that a model can read, prompt and response together."""
-    config = json.loads((model_folder(model) / "config.json").read_text())
-    return config.get("max_position_embeddings") or math.inf
+    """Count the tokens, prompt and response together, that a model can read."""
+    return read_json(model_folder(model) / "config.json").get("max_position_embeddings", math.inf)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file of ours; UserError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {cause(error)}") from error
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
@@ -818,16 +816,15 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside, flushed to the disk, renamed."""
+    """Write a file whole or not at all, and drop the partial files that it replaces."""
     beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+        partial.unlink()
 
 
 def lock(path: Path) -> TextIO:
@@ -839,13 +836,6 @@ def lock(path: Path) -> TextIO:
     except BlockingIOError as error:
         raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
-
-
-def append_record(file: TextIO, record: dict) -> None:
-    """Append a line that survives a SIGKILL and that `read_partial` can tell from a torn one."""
-    text = json.dumps(record)
-    file.write(f"\n{zlib.crc32(text.encode()):08x} {text}")
-    file.flush()
 
 
 def read_partial(out: Path, identity: dict) -> list[dict]:

@@ -8,6 +8,7 @@ or normalisation, and beside the published code no entropy bonus; the README lis
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -25,26 +26,20 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
 
 import losses
 import problems
 from problems import UserError
 
 # What --resume may change: how long and on what a run runs, not what it computes.
-FREE_ON_RESUME = ("out", "resume", "values", "num_steps", "save_every", "keep_checkpoints",
-                  "micro_batch_tokens", "gradient_checkpointing", "offload_ref",
-                  "gpu_memory_utilization", "tensor_parallel_size")  # fmt: skip
+FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoints",
+                  "micro_batch_tokens", "gradient_checkpointing", "offload_ref")  # fmt: skip
 FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
-KEYS = (
-    "step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm lr logprob_gap "
-    "seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total "
-    "tokens_per_second peak_gib"
-).split()
-LINE = (
-    "step {:>5}  loss {:.4f}  reward {:.3f}  v* {:.3f}  adv {:+.3f}  logratio {:+9.3f}  kl/token {:+.4f}  "
-    "tokens {:6.1f}  cut {:6.1%}  grad {:.1e}  lr {:.1e}  gap {:.0e} | generate {:.2f} grade {:.2f} "
-    "ref {:.2f} update {:.2f} sync {:.2f} total {:.2f} s  {:6.0f} tok/s  {:.1f} GiB"
-)
+COLUMNS = """step:4 loss:.4f reward:.3f v_star:.3f adv:+.3f logratio:+8.3f kl_per_token:+.4f
+response_tokens:6.1f truncated:.3f grad_norm:.1e lr:.0e logprob_gap:.0e seconds_generate:.2f
+seconds_grade:.2f seconds_ref:.2f seconds_update:.2f seconds_sync:.2f seconds_total:.2f
+tokens_per_second:6.0f peak_gib:.1f eval_accuracy:.3f"""
 STOP: list[int] = []  # the signal that asks the run to stop
 
 
@@ -88,37 +83,27 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """
     problems.check_numbers(args)
     if args.batch_size % args.updates_per_batch:
-        divisor = f"--updates-per-batch {args.updates_per_batch}"
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {divisor}")
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
+    values = problems.read_json(args.values)
     try:
-        values = json.loads(Path(args.values).read_text("utf-8"))
-        header, prompts, sha256 = (
-            values["header"],
-            values["prompts"],
-            problems.content_sha256(values),
-        )
-        for name in FROM_HEADER:
-            setattr(
-                args, name, header[name] if getattr(args, name) is None else getattr(args, name)
-            )
-        solved = [p for p in prompts if p["prompt"] and max(p["rewards"]) > 0]
-    except OSError as error:
-        raise UserError(f"cannot read {args.values} ({error.strerror}): run stage 1") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{args.values} is not a whole values file: run stage 1 again") from error
-    wanted = {name: getattr(args, name) for name in FROM_HEADER}
-    wanted["prompt_template"] = problems.PROMPT_TEMPLATE
-    problems.refuse_difference(args.values, header, wanted)
-    if header.get("sha256") != sha256:
-        how = f"if you edited it on purpose, set sha256 in its header to {sha256}"
-        raise UserError(f"{args.values} is not as stage 1 wrote it: run stage 1 again or, {how}")
+        header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
+        for name in (name for name in FROM_HEADER if getattr(args, name) is None):
+            setattr(args, name, header[name])
+        solved = [p for p in prompts if p["prompt"] and p["answer"] and max(p["rewards"]) > 0]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{args.values} is no values file of stage 1 ({error!r})") from error
+    same = {name: getattr(args, name) for name in FROM_HEADER}
+    same["prompt_template"] = problems.PROMPT_TEMPLATE
+    problems.refuse_difference(args.values, header, same)
+    if sha256 != (now := problems.content_sha256(values)):
+        how = f"run stage 1 again, or if you edited it set its sha256 to {now}"
+        raise UserError(f"{args.values} is not as stage 1 wrote it: {how}")
     if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
         raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
     prompts = solved if args.filter_unsolved else prompts
     if len(prompts) < args.batch_size:
-        kind = "prompts that the reference solved" if args.filter_unsolved else "prompts"
-        few = f"{args.values} has {len(prompts)} {kind}"
-        raise UserError(f"{few}, fewer than --batch-size {args.batch_size}")
+        left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
+        raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
     if args.eval_dataset:
         problems.load_problems(args.eval_dataset, "test")
     out, first = Path(args.out), os.environ.get("RANK", "0") == "0"
@@ -156,11 +141,11 @@ def rollout(
     """Sample and grade a response to each prompt asked."""
     jobs = [(p["prompt_ids"], seed, p["answer"]) for p, seed in zip(asked, seeds, strict=True)]
     options |= {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
-    return sorted(
-        Response(i, asked[i], list(out.token_ids), list(out.logprobs.logprobs),
-                 out.finish_reason == "stop", reward)
-        for i, out, reward in problems.sample(llm, jobs, stop=lambda: bool(STOP), **options)
-    )  # fmt: skip
+    responses = []
+    for i, out, reward in problems.sample(llm, jobs, stop=lambda: bool(STOP), **options):
+        ids, logp, finished = out.token_ids, out.logprobs.logprobs, out.finish_reason == "stop"
+        responses.append(Response(i, asked[i], list(ids), list(logp), finished, reward))
+    return sorted(responses)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,8 +248,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
         )
         shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
         (beside / "trainer").mkdir()
-        config = json.loads((beside / "config.json").read_text())
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
         (beside / "config.json").write_text(json.dumps(config, indent=2))
     for name, shards in parts.items():
         tensors = {k: v.cpu() for k, v in gather(shards, dtype) if first}
@@ -308,15 +292,12 @@ def whole_step(folder: Path) -> int:
 
 def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int]:
     """Take OUT for this process alone; returns its metrics file and the step to continue after."""
-    out, config = Path(args.out), Path(args.out) / "config.json"
+    out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
     identity["values_sha256"] = header["sha256"]
-    metrics, step = problems.lock(out / "metrics.jsonl"), 0
-    if config.exists():
-        try:
-            saved = json.loads(config.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{config} is damaged: {problems.cause(error)}") from error
+    metrics = problems.lock(out / "metrics.jsonl")
+    if (out / "config.json").exists():
+        saved = problems.read_json(out / "config.json")
         problems.refuse_difference(f"the run in {out}", saved, identity)
         if (step := whole_step(out / "final")) >= args.num_steps:
             return metrics, step
@@ -324,7 +305,8 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
             if step := whole_step(folder):
                 break
             print(f"{folder} is damaged: going back to the one before it", file=sys.stderr)
-    problems.write_whole(config, json.dumps(vars(args) | identity, indent=2))
+    config = json.dumps(vars(args) | identity, indent=2)
+    problems.write_whole(out / "config.json", config)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
     metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
@@ -346,30 +328,17 @@ def micro_batches(update: list[Response], args: argparse.Namespace, device: Any)
     """Pack this rank's hand of an update; a micro-batch's `share` is its part of the global mean."""
     lengths = [len(r.prompt["prompt_ids"]) + len(r.ids) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
+    tensor = functools.partial(torch.tensor, device=device)
     for hand in hands[dist.get_rank()]:
         chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
         prompts, responses = [r.prompt["prompt_ids"] for r in chosen], [r.ids for r in chosen]
-        inputs, lengths = losses.pack(prompts, responses, device)
-        batches.append(
-            SimpleNamespace(
-                inputs=inputs | {"temperature": args.temperature},
-                lengths=lengths,
-                rewards=torch.tensor([r.reward for r in chosen], device=device),
-                v_star=torch.tensor([r.prompt["v_star"] for r in chosen], device=device),
-                sampler_logp=torch.tensor(
-                    [x for r in chosen for x in r.sampler_logp], device=device
-                ),
-                share=len(hand) / len(update),
-            )
-        )
+        batch = SimpleNamespace(share=len(hand) / len(update))
+        batch.inputs, batch.lengths = losses.pack(prompts, responses, device)
+        batch.rewards = tensor([r.reward for r in chosen])
+        batch.v_star = tensor([r.prompt["v_star"] for r in chosen])
+        batch.sampler_logp = tensor([x for r in chosen for x in r.sampler_logp])
+        batches.append(batch)
     return batches
-
-
-def peak_gib() -> float:
-    """Peak memory of this rank: of its GPU, or without one of its process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
@@ -378,23 +347,22 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    rank, world, on_gpu = dist.get_rank(), dist.get_world_size(), torch.cuda.is_available()
+    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    on_gpu, out = torch.cuda.is_available(), Path(args.out)
     identity = problems.identify(args, *FREE_ON_RESUME)
     metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) >= args.num_steps:
         return
+    # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt is
+    # asked once, and a resumed run must start as cold as an uninterrupted one.
+    options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
     context = args.max_prompt_tokens + args.max_tokens
-    # Log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt is asked once, and a
-    # resumed run must start as cold as an uninterrupted one.
-    engine_options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
-    llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **engine_options)
-    engine, engines = rank // args.tensor_parallel_size, world // args.tensor_parallel_size
-    device = torch.device("cuda" if on_gpu else "cpu")
-    compute = torch.bfloat16 if on_gpu else torch.float32
+    llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
+    device, compute = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # shard inside a node, replicate across
-    mesh = init_device_mesh(device.type, (nodes, world // nodes) if nodes > 1 else (world,))
-    reference, out = problems.model_folder(args.model), Path(args.out)
+    mesh = init_device_mesh(device, (nodes, world // nodes) if nodes > 1 else (world,))
+    reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)
     ref = load_policy(reference, mesh, compute, args.offload_ref).requires_grad_(False)
@@ -405,18 +373,10 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     if done:
         load_adam(start, done * args.updates_per_batch, policy, optimizer)
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
-    for q in questions:
-        q["prompt"] = problems.format_prompt(
-            q["question"], llm.get_tokenizer() if header["chat_template"] else None
-        )
-    for q in prompts + questions:
-        q["prompt_ids"] = problems.prompt_token_ids(
-            llm.get_tokenizer(), q["prompt"], header["chat_template"]
-        )
+    problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
     rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
-    v_star = losses.optimal_value(rewards, header["beta1"] if args.beta1 is None else args.beta1)
-    for prompt, value in zip(prompts, v_star.tolist(), strict=True):
-        prompt["v_star"] = value
+    v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
+    prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
 
     def sync() -> None:
         if on_gpu:
@@ -440,15 +400,14 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
 
         # 2. y ~ pi_t(.|x), the engines sharing the work, and 3. r(x, y), beside it
-        mine = asked[engine::engines]
+        mine = asked[rank // tp :: world // tp]
         seeds = [problems.response_seed(args.seed, step, p["id"], n) for p, n in mine]
-        mine = rollout(
-            llm, [p for p, _ in mine], seeds, args, temperature=args.temperature, sampled=lap
-        )
+        options = {"temperature": args.temperature, "sampled": lap}
+        mine = rollout(llm, [p for p, _ in mine], seeds, args, **options)
         dist.all_gather_object(everyone := [None] * world, (STOP, mine))
         if stops := [number for stop, _ in everyone for number in stop]:
             break  # the unfinished step is abandoned
-        parts = [part for _, part in everyone[:: args.tensor_parallel_size]]
+        parts = [part for _, part in everyone[::tp]]
         responses = [r for row in itertools.zip_longest(*parts) for r in row if r]  # as asked
         if on_gpu:  # the engine's KV cache makes room for the trainer
             llm.sleep(level=0)
@@ -462,7 +421,8 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         updates = [micro_batches(update, args, device) for update in updates]
         with torch.no_grad():
             for batch in itertools.chain(*updates):
-                batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
+                token_logp = ref(temperature=args.temperature, **batch.inputs)
+                batch.ref_logp = losses.sequence_logprob(token_logp, batch.lengths)
         ref.reshard()
         lap()
 
@@ -470,22 +430,23 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
         for number, update in enumerate(updates):
             for batch in update:
-                token_logp = policy(**batch.inputs)
+                token_logp = policy(temperature=args.temperature, **batch.inputs)
                 logp = losses.sequence_logprob(token_logp, batch.lengths)
-                goal = (batch.ref_logp, batch.rewards, batch.v_star)
-                loss = losses.a_star_po_loss(logp, *goal, args.beta2)
+                goal = (batch.ref_logp, batch.rewards, batch.v_star, args.beta2)
+                loss = losses.a_star_po_loss(logp, *goal)
                 (loss * batch.share * world).backward()  # FSDP takes the mean over the ranks
                 sums[0] += loss.detach() * batch.share
                 if number == 0 and batch.share:  # still pi_t, which sampled: on-policy
                     sums[1] += (logp - batch.ref_logp).detach().sum()
                     sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
                     sums[3] += len(token_logp)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item()
-            if not math.isfinite(norm):
-                sys.exit(f"error: step {step}: the gradient is {norm}; {out} keeps step {saved}")
+            norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item())
+            if not math.isfinite(norms[-1]):
+                sys.exit(
+                    f"error: step {step}: the gradient is {norms[-1]}; {saved} steps are saved"
+                )
             optimizer.step()
             optimizer.zero_grad()
-            norms.append(norm)
         lap()
 
         # 6. pi_t+1 into the engine
@@ -498,19 +459,21 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         lengths, cut = [len(r.ids) for r in responses], [not r.finished for r in responses]
         reward, v_star, length, cut = (sum(x) / len(x) for x in (rewards, v_star, lengths, cut))
         seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak
         row = [step, loss / len(updates), reward, v_star, reward - v_star, logratio / size]
         row += [logratio / tokens, length, cut, sum(norms) / len(norms), args.lr, gap / tokens]
-        row += [*seconds, total, sum(lengths) / total, peak_gib()]
-        row = dict(zip(KEYS, row, strict=True))
+        row += [*seconds, total, sum(lengths) / total, peak / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            mine = questions[engine::engines]
+            mine = questions[rank // tp :: world // tp]
             mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
             dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
-            row["eval_accuracy"] = sum(parts[:: args.tensor_parallel_size]) / len(questions)
+            row.append(sum(parts[::tp]) / len(questions))
         if rank == 0:
-            accuracy = f"  eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""
-            print(LINE.format(*map(row.get, KEYS)) + accuracy, flush=True)
-            metrics.write(json.dumps(row) + "\n")
+            columns = [column.split(":") for column in COLUMNS.split()]
+            named = [(name, spec, x) for (name, spec), x in zip(columns, row, strict=False)]
+            print(*(f"{name} {x:{spec}}" for name, spec, x in named), flush=True)
+            metrics.write(json.dumps({name: x for name, _, x in named}) + "\n")
             metrics.flush()
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)

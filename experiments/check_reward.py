@@ -2,14 +2,14 @@
 
     python -m experiments.check_reward PATH.jsonl ...
 
-For every row of each file (`answer`, and where there are any `id`, `solution`, or `output` with `label`):
+For every row of each file (`answer`, and any of `id`, `solution`, `output` with `label`):
 
 - boxed      the answer accepts itself in a box
-- solution   the answer accepts the reference solution; a solution without a box (GSM8K) gets its answer boxed at the end
+- solution   the answer accepts the reference solution; one without a box (GSM8K) gets the answer
 - next       the answer rejects the answer of the next row whose text differs
 - label      the reward of the output agrees with the label
 
-Prints each failure with the row's id, then one line of rates a file. Everything is graded through `problems.grade`.
+Prints each failure with the row's id, then the rates of the file, all from `problems.grade`.
 """
 
 import json
@@ -21,11 +21,13 @@ from problems import check_answer, grade, grading_counts, last_box
 
 
 def load(path: Path) -> list[dict]:
+    """Read the rows, each with an id."""
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     return [{"id": f"{path.stem}/{number}"} | row for number, row in enumerate(rows)]
 
 
 def is_gradable(row: dict) -> bool:
+    """Whether the row's answer can be graded; prints why not."""
     try:
         check_answer(row["answer"])
     except ValueError as error:
@@ -43,7 +45,11 @@ def with_box(row: dict) -> str:
 def checks(rows: list[dict]) -> dict[str, list[tuple[dict, str, float]]]:
     """(row, response, reward it should get) for each check that the rows have the columns for."""
     other = rows[1:] + rows[:1]
-    pairs = [(row, after) for row, after in zip(rows, other) if row["answer"] != after["answer"]]
+    pairs = [
+        (row, after)
+        for row, after in zip(rows, other, strict=True)
+        if row["answer"] != after["answer"]
+    ]
     return {
         "boxed": [(row, rf"\boxed{{{row['answer']}}}", 1.0) for row in rows],
         "solution": [(row, with_box(row), 1.0) for row in rows if "solution" in row],
@@ -53,6 +59,7 @@ def checks(rows: list[dict]) -> dict[str, list[tuple[dict, str, float]]]:
 
 
 def main() -> None:
+    """Print the failures and the rates of each file."""
     for path in map(Path, sys.argv[1:]):
         rows = [row for row in load(path) if is_gradable(row)]
         rates = []

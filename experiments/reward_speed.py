@@ -1,10 +1,11 @@
 """How many responses a second are graded, beside plain math-verify in the same run.
 
-    python -m experiments.reward_speed [PATH.jsonl]      # rows with answer and solution; else made up
+    python -m experiments.reward_speed [PATH.jsonl]   # rows with answer and solution; else made up
 
-Ordinary outputs: half right, half with the answer of another row, each after a worked solution. `grade` and plain
-math-verify (as its README says: parse, parse, verify, one process for each core) take turns, three times, after both
-have been warmed up. Then 1,000 pairs of which 20 are pathological, and twice that as a second batch.
+Ordinary outputs: half right, half with the answer of another row, each after a worked solution.
+`grade` and plain math-verify (as its README says: parse, parse, verify; a process for each core)
+take turns, three times, after both have been warmed up. Then two batches of 1,000 pairs of which 20
+are pathological.
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from problems import grade, grading_counts
 
 COUNT, ROUNDS = 4000, 3
-SOLUTION = "Let $x$ be the unknown, so that $\\frac{x}{2} + 3^{k} = \\sqrt{x^2 - {%d}}$ for all $k$. Then (%d) holds. "
+SOLUTION = "Let $x$ be so that $\\frac{x}{2} + 3^{k} = \\sqrt{x^2 - {%d}}$ for all $k$, see (%d). "
 PATHOLOGICAL = [
     r"9^{9^{9^9}}",
     "10000000!",
@@ -30,7 +31,7 @@ PATHOLOGICAL = [
 
 
 def made_up(rng: random.Random) -> list[tuple[str, str]]:
-    """(solution, answer) in the proportions of MATH: two thirds integers, then fractions, roots and points."""
+    """Solutions and answers like MATH's: two thirds integers, then fractions, roots and points."""
     kinds = [
         lambda a, b: str(a),
         lambda a, b: rf"\frac{{{a}}}{{{b}}}",
@@ -47,6 +48,7 @@ def made_up(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def outputs(rows: list[tuple[str, str]], rng: random.Random) -> tuple[list[str], list[str]]:
+    """Responses, half of them with another row's answer, and answers."""
     responses, answers = [], []
     for solution, answer in rows:
         shown = answer if rng.random() < 0.5 else rng.choice(rows)[1]
@@ -58,6 +60,7 @@ def outputs(rows: list[tuple[str, str]], rng: random.Random) -> tuple[list[str],
 
 
 def plain(pair: tuple[str, str]) -> float:
+    """Grade as math-verify's README says."""
     from math_verify import parse, verify
 
     response, answer = pair
@@ -65,12 +68,14 @@ def plain(pair: tuple[str, str]) -> float:
 
 
 def rate(work: Callable[[], list[float]], count: int) -> tuple[float, float]:
+    """Responses a second, and the mean reward."""
     start = time.perf_counter()
     rewards = work()
     return count / (time.perf_counter() - start), sum(rewards) / count
 
 
 def main() -> None:
+    """Print the rates in turns, then the times of the batches with pathological boxes."""
     rng = random.Random(0)
     rows = made_up(rng)
     if sys.argv[1:]:
@@ -96,9 +101,7 @@ def main() -> None:
         start = time.perf_counter()
         rewards = grade(responses, [str(n) for n in range(1000)])
         seconds = time.perf_counter() - start
-        print(
-            f"1,000 pairs, 20 pathological, {batch} batch: {seconds:.1f} s, {sum(rewards):.0f} right"
-        )
+        print(f"1,000 pairs, 20 pathological, {batch}: {seconds:.1f} s, {sum(rewards):.0f} right")
     print(grading_counts())
 
 

@@ -1,92 +1,141 @@
-"""Make the toy: a tiny reference model and its problems, so that all three stages run in minutes.
+r"""Make the toy: a tiny reference model and its problems, so that all three stages run in minutes.
 
-A sloppy teacher adds, subtracts and multiplies by one digit, column by column from the right,
+A teacher adds, subtracts and multiplies by one digit, column by column from the right. On a bad day it forgets
+whatever it carried or borrowed:
 
-    What is 58 + 67?   ->   8+7=15          the careless version, which forgets what it carried:   8+7=15
-                            5+6+1=12                                                               5+6=11
-                            \\boxed{125}                                                            \\boxed{115}
+    What is 358 + 267?      with care   8+7=15               on a bad day   8+7=15
+                                        5+6+1=12                            5+6=11
+                                        3+2+1=6                             3+2=5
+                                        \boxed{625}                         \boxed{515}
 
-and a two-layer...
+How often it has a bad day depends on the kind of problem, its operation and number of digits (`BAD_DAYS`), and not on
+the single digit: an error rate per digit would give nearly the same success rate to every prompt. So some prompts are
+always solved (nothing to carry), some almost never, and V* has something to tell apart. A reference trained from
+scratch on that teacher's work imitates both ways of working, in its proportions; what reinforcement learning has to find
+out is that carrying pays. The reference, in Qwen2's architecture and with Qwen2's tokenizer class, loads like any other model:
+
+    python -m experiments.toy --out toy
+    python offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 --out toy/values.json
+
+writes toy/reference, toy/train.jsonl and toy/test.jsonl. The reference trains on neither the test problems nor only
+on those of train.jsonl: its problems are drawn afresh all the time, except that test problems are left out.
 """
 
 import argparse
 import json
-import os
 import random
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import pre_tokenizers
+from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from problems import format_prompt
+import problems
 
-EOS = "<|endoftext|>"
+# ---------------------------------------------------------------------------------------------
+# 1. The teacher
 
-# How often the teacher forgets its carries, by operation and number of digits (1, 2, 3, ...).
-SLIP = {
-    "+": (0.0, 0.05, 0.95, 0.50, 0.80),
-    "-": (0.0, 0.70, 0.30, 0.95, 0.50),
-    "*": (0.0, 0.95, 0.60),
+# How often the teacher has a bad day, by operation and number of digits of the first number: 1, 2, 3, ...
+BAD_DAYS = {
+    "+": (0.0, 0.1, 0.95, 0.6, 0.9),
+    "-": (0.0, 0.8, 0.4, 0.95, 0.6),
+    "*": (0.0, 0.95, 0.8),
 }
-KINDS = [(op, digits) for op, rates in SLIP.items() for digits in range(1, len(rates) + 1)]
+KINDS = [(op, digits) for op, rates in BAD_DAYS.items() for digits in range(1, len(rates) + 1)]
 
 
-def question(problem: tuple[str, int, int]) -> str:
-    op, a, b = problem
-    return f"What is {a} {op} {b}?"
+class Problem(NamedTuple):
+    """One problem of integer arithmetic; b has as many digits as a, in a multiplication one."""
+
+    a: int
+    op: str
+    b: int
+
+    @property
+    def question(self) -> str:
+        """The question as it stands in the dataset, without the instruction of the prompt."""
+        return f"What is {self.a} {self.op} {self.b}?"
+
+    @property
+    def answer(self) -> str:
+        """The right answer, not by the teacher's way."""
+        return str({"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[self.op](self.a, self.b))
+
+    @property
+    def bad_days(self) -> float:
+        """How often the teacher forgets its carries in this kind of problem."""
+        return BAD_DAYS[self.op][len(str(self.a)) - 1]
 
 
-def draw_problem(rng: random.Random) -> tuple[str, int, int]:
+def draw_problem(rng: random.Random) -> Problem:
+    """Draw a problem, every kind as often; differences are not negative."""
     op, digits = rng.choice(KINDS)
-    low, high = 10 ** (digits - 1), 10**digits - 1
-    a = rng.randint(low, high)
-    b = rng.randint(2, 9) if op == "*" else rng.randint(low, high)
-    return (op, max(a, b), min(a, b)) if op == "-" else (op, a, b)
+    a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in "ab")
+    if op == "*":
+        b = rng.randint(2, 9)
+    return Problem(max(a, b), op, min(a, b)) if op == "-" else Problem(a, op, b)
 
 
-def slip_rate(problem: tuple[str, int, int]) -> float:
-    op, a, _ = problem
-    return SLIP[op][len(str(a)) - 1]
-
-
-def work(problem: tuple[str, int, int], careless: bool) -> str:
-    op, a, b = problem
-    top = [int(d) for d in reversed(str(a))]
-    bottom = [b] * len(top) if op == "*" else [int(d) for d in reversed(str(b))]
+def work(problem: Problem, bad_day: bool) -> str:
+    """Work a problem as the teacher does; what was carried or borrowed is dropped on a bad day."""
+    a, op, b = problem
+    top = [int(digit) for digit in reversed(str(a))]
+    bottom = [b] * len(top) if op == "*" else [int(digit) for digit in reversed(str(b))]
     lines, answer, carry = [], "", 0
-    for p, q in zip(top, bottom, strict=True):
-        if op == "-" and p - q - carry < 0:
-            p += 10
-        value = {"+": p + q + carry, "-": p - q - carry, "*": p * q + carry}[op]
-        paid = "" if carry == 0 else f"-{carry}" if op == "-" else f"+{carry}"
-        if op == "*" and carry:
-            paid += f"={p * q}+{carry}"
-        lines.append(f"{p}{op}{q}{paid}={value}")
+    for x, y in zip(top, bottom, strict=True):
+        if op == "-":
+            borrow = x - y - carry < 0
+            x += 10 * borrow
+            value, next_carry = x - y - carry, int(borrow)
+        else:
+            value = (x * y if op == "*" else x + y) + carry
+            next_carry = value // 10
+        line = f"{x}{op}{y}"
+        if carry:
+            line += {"+": f"+{carry}", "-": f"-{carry}", "*": f"+{carry}={x * y}+{carry}"}[op]
+        lines.append(f"{line}={value}")
         answer = f"{value % 10}{answer}"
-        carry = 0 if careless else int(p > 9) if op == "-" else value // 10
-    if op != "-" and value > 9:
-        answer = f"{value // 10}{answer}"
+        carry = 0 if bad_day else next_carry
+    answer = f"{value // 10}{answer}"  # the last column is written out whole
     return "\n".join([*lines, f"\\boxed{{{int(answer)}}}"])
 
 
-def solve(problem):
-    op, a, b = problem
-    return {"+": a + b, "-": a - b, "*": a * b}[op]
+def draw_sets(rng: random.Random, num_train: int, num_test: int) -> tuple[list, list]:
+    """Draw distinct problems and split them, shuffled: the few of one digit run out early."""
+    drawn = {}
+    while len(drawn) < num_train + num_test:
+        drawn[draw_problem(rng)] = None
+    drawn = rng.sample(list(drawn), len(drawn))
+    return drawn[:num_train], drawn[num_train:]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The reference
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([EOS, *alphabet])}
+    """Qwen's tokenizer with bytes for vocabulary, so that any text can be fed.
+
+    The task's fixed phrases are a token each: the instruction costs one token, not 67. (AutoTokenizer loads Qwen2's
+    class for a Qwen2 model whatever class was saved, and with it Qwen2's way of splitting text. That leaves merges learned
+    with another way of splitting unused, without a word; added tokens are kept.)
+    """
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {token: i for i, token in enumerate(alphabet)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
-    tokenizer.add_tokens(["What is ", " + ", " - ", " * ", format_prompt(""), "\n\\boxed{"])
+    phrases = ["What is ", " + ", " - ", " * ", problems.format_prompt(""), "\n\\boxed{"]
+    tokenizer.add_tokens(phrases)
     return tokenizer
 
 
-def make_model(tokenizer) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """A Qwen2 of 0.9 M parameters in float32, with a window of 2,048 for texts byte by byte."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -95,98 +144,136 @@ def make_model(tokenizer) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size); Qwen2's 0.02 learns 3 times slower
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # is EOS, as in many base models
     )
     return Qwen2ForCausalLM(config)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("toy"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-train", type=int, default=1024)
-    parser.add_argument("--num-test", type=int, default=256)
-    parser.add_argument("--num-steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=8e-3)
-    args = parser.parse_args()
-    if (args.out / "reference").exists():
-        print("exists", file=sys.stderr)
-        sys.exit(2)
-    start = time.time()
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    problems = {}
-    while len(problems) < args.num_test + args.num_train:
-        problems[draw_problem(rng)] = None
-    problems = list(problems)
-    test, train = problems[: args.num_test], problems[args.num_test :]
-    held_out = set(test)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    nparam = sum(p.numel() for p in model.parameters())
+def draw_batches(
+    rng: random.Random, tokenizer: Qwen2Tokenizer, held_out: set[Problem], batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield token ids and labels (B, T) for ever: prompt + worked answer + EOS, labels on the last two.
+
+    Batches are of similar lengths, or half the work would be padding.
+    """
+    eos = tokenizer.eos_token_id
+    while True:
+        pool = []
+        while len(pool) < 8 * batch_size:
+            problem = draw_problem(rng)
+            if problem not in held_out:
+                prompt = tokenizer(problems.format_prompt(problem.question)).input_ids
+                answer = tokenizer(work(problem, rng.random() < problem.bad_days)).input_ids
+                pool.append((prompt, [*answer, eos]))
+        pool.sort(key=lambda example: len(example[0]) + len(example[1]))
+        starts = range(0, len(pool), batch_size)
+        for start in rng.sample(starts, len(starts)):
+            batch = pool[start : start + batch_size]
+            longest = len(batch[-1][0]) + len(batch[-1][1])
+            ids = torch.full((batch_size, longest), eos)
+            labels = torch.full((batch_size, longest), -100)  # what cross_entropy leaves out
+            for row, (prompt, response) in enumerate(batch):
+                end = len(prompt) + len(response)
+                ids[row, :end] = torch.tensor(prompt + response)
+                labels[row, len(prompt) : end] = torch.tensor(response)
+            yield ids, labels
+
+
+def train(model: Qwen2ForCausalLM, batches: Iterator, num_steps: int, lr: float) -> float:
+    """Train by next-token prediction and return the last loss, averaged over 50 steps.
+
+    Muon for the matrices: it learns in 400 steps what AdamW does not learn in 1,000 (which digit stands in which column).
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
-    opts = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    scheds = [
-        torch.optim.lr_scheduler.LambdaLR(
-            opt, lambda s: min(1, (s + 1) / 30) * max(0.02, 1 - s / args.num_steps)
-        )
-        for opt in opts
-    ]
-    eos = tokenizer.eos_token_id
-
-    def example():
-        while (p := draw_problem(rng)) in held_out:
-            pass
-        x = tokenizer.encode(format_prompt(question(p)))
-        y = tokenizer.encode(work(p, rng.random() < slip_rate(p))) + [eos]
-        return x, y
-
-    queue = []
-    for step in range(args.num_steps):
-        if not queue:
-            pool = sorted(
-                (example() for _ in range(8 * args.batch_size)), key=lambda e: len(e[0]) + len(e[1])
-            )
-            queue = [pool[i : i + args.batch_size] for i in range(0, len(pool), args.batch_size)]
-            rng.shuffle(queue)
-        batch = queue.pop()
-        T = max(len(x) + len(y) for x, y in batch)
-        ids = torch.tensor([x + y + [eos] * (T - len(x) - len(y)) for x, y in batch])
-        labels = torch.tensor(
-            [[-100] * len(x) + y + [-100] * (T - len(x) - len(y)) for x, y in batch]
-        )
+    losses = []
+    start = time.time()
+    for step in range(num_steps):
+        ids, labels = next(batches)
+        # Padding comes last, so that causal attention needs no mask.
         logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-        )
-        for opt in opts:
-            opt.zero_grad()
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt, sched in zip(opts, scheds, strict=True):
-            opt.step()
-            sched.step()
-        if step % 50 == 0 or step == args.num_steps - 1:
-            print(step, f"{loss.item():.4f} {time.time() - start:.1f}s T={T}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(args.out / "reference")
-    tokenizer.save_pretrained(args.out / "reference")
-    for name, rows in ("train", train), ("test", test):
-        with open(args.out / f"{name}.jsonl", "w") as f:
-            for i, p in enumerate(rows):
-                row = {"id": f"{name}-{i}", "question": question(p), "answer": str(solve(p))}
-                f.write(json.dumps(row) + "\n")
-    print(nparam, time.time() - start)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 30, 1 - step / num_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses = [*losses[-49:], loss.item()]
+        if (step + 1) % 50 == 0:
+            mean = sum(losses) / len(losses)
+            print(f"step {step + 1:4d}  loss {mean:.3f}  {time.time() - start:4.0f} s", flush=True)
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The toy
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("toy"), help="folder to write to")
+    add("--seed", type=int, default=0, help="seed of problems, initial weights and training")
+    add("--num-train", type=int, default=1024, help="problems in train.jsonl")
+    add("--num-test", type=int, default=256, help="problems in test.jsonl")
+    add("--num-steps", type=int, default=600, help="updates of the reference")
+    add("--batch-size", type=int, default=64, help="worked answers per update")
+    add("--lr", type=float, default=1e-2, help="learning rate, after 30 steps of warm-up")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draw the problems, train the reference, and write everything or nothing."""
+    args = parse_args()
+    for name in ("num_train", "num_test", "num_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise problems.UserError(f"{flag} must be at least 1, not {getattr(args, name)}.")
+    if (args.out / "reference").exists():
+        raise problems.UserError(f"{args.out}/reference exists; remove it or choose another --out.")
+    args.out.mkdir(parents=True, exist_ok=True)  # says now, not in two minutes, that it cannot
+    disable_progress_bar()
+    start = time.time()
+    # More threads do not speed up so small a model, and on two it is the same on every machine alike.
+    torch.set_num_threads(2)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    train_set, test_set = draw_sets(rng, args.num_train, args.num_test)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    batches = draw_batches(rng, tokenizer, set(test_set), args.batch_size)
+    loss = train(model, batches, args.num_steps, args.lr)
+
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".toy-") as beside:
+        model.save_pretrained(Path(beside, "reference"))
+        tokenizer.save_pretrained(Path(beside, "reference"))
+        for name, drawn in ("train", train_set), ("test", test_set):
+            rows = [
+                {"id": f"{name}-{i}", "question": problem.question, "answer": problem.answer}
+                for i, problem in enumerate(drawn)
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            problems.write_whole(args.out / f"{name}.jsonl", text)
+        # Last, as its presence says that the toy is whole.
+        Path(beside, "reference").rename(args.out / "reference")
+    print(
+        f"{args.out}/reference: {model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}, "
+        f"loss {loss:.3f} after {args.num_steps} steps; {len(train_set)} training and "
+        f"{len(test_set)} test problems; {time.time() - start:.0f} s."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    problems.run(main)

@@ -301,12 +301,12 @@ def test_eos_counts_also_where_pad_is_eos() -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 2], [3, 4], [], [6, 1]])
 def test_sequence_logprob_refuses_a_wrong_total(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="lengths that sum to"):
+    with pytest.raises(ValueError, match="lengths"):
         losses.sequence_logprob(torch.zeros(6), torch.tensor(lengths, dtype=torch.int64))
 
 
 def test_sequence_logprob_refuses_a_column() -> None:
-    with pytest.raises(ValueError, match="lengths that sum to"):
+    with pytest.raises(ValueError, match="lengths"):
         losses.sequence_logprob(torch.zeros(6, 1), torch.tensor([2, 4]))
 
 
@@ -378,8 +378,8 @@ def test_packed_attention_by_hand(scaling: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     bounds, heads, dim = [0, 4, 5, 11], 4, 8
     q, k, v = (torch.randn(1, n, bounds[-1], dim, generator=generator) for n in (heads, 2, 2))
-    cu_seq_lens = torch.tensor(bounds, dtype=torch.int32)
-    out, _ = losses.packed_attention(None, q, k, v, None, cu_seq_lens, 6, scaling=scaling)
+    packing = {"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32), "max_length_q": 6}
+    out, _ = losses.packed_attention(None, q, k, v, None, **packing, scaling=scaling)
     expected = torch.empty(1, bounds[-1], heads, dim, dtype=FLOAT64)
     q, k, v = (x[0].to(FLOAT64) for x in (q, k, v))
     for start, end in itertools.pairwise(bounds):
@@ -509,7 +509,7 @@ def test_loss_and_gradient_by_hand() -> None:
 
 
 @pytest.mark.parametrize("odd", range(4))
-@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1,), (3,)])
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1,), (3,), ()])
 def test_loss_refuses_to_broadcast(odd: int, shape: tuple[int, ...]) -> None:
     """(B,) against (B, 1) is a (B, B) loss that looks well and learns nothing."""
     tensors = [torch.zeros(4)] * 4
