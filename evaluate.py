@@ -1,10 +1,10 @@
 """Stage 3: score a model on math benchmarks, mean@n and pass@k with standard errors.
 
     python evaluate.py --model runs/math/final --benchmarks math500,amc23 --out results/math
-    python evaluate.py --grade results/math/math500.jsonl       # score saved outputs again, no model
+    python evaluate.py --grade results/math/math500.jsonl    # score saved outputs again, no model
 
-As in the paper, the large sets get one greedy answer to each problem, AMC, AIME and HMMT 32 samples at
-temperature 1. Every sample is saved; a killed run continues when started again with the same arguments.
+As in the paper, the large sets get one greedy answer to each problem; AMC, AIME and HMMT get 32
+samples at temperature 1. All samples are saved; a killed run continues if started again as it was.
 """
 
 import argparse
@@ -142,12 +142,9 @@ def main() -> None:
         rows = [row for row in sets[name] if len(row["prompt_ids"]) + args.max_tokens <= context]
         identity = header | {"rows_sha256": problems.content_sha256({"rows": sets[name]})}
         drawn = problems.sample_all(llm, rows, n, file, identity, args, **params)
-        records = {
-            (row["id"], i): row | {"sample": i} | UNASKED for row in sets[name] for i in range(n)
-        }
-        for record in drawn:
-            records[record["id"], record["sample"]] |= record
-        records = [{field: r[field] for field in FIELDS} for r in records.values()]
+        records = [row | {"sample": i} | UNASKED for row in sets[name] for i in range(n)]
+        records = [r | drawn.get((r["id"], r["sample"]), {}) for r in records]
+        records = [{field: r[field] for field in FIELDS} for r in records]
         if rank == 0:
             done[name] = score(records)
             problems.write_whole(

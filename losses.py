@@ -111,7 +111,7 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
 
 
 def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Deal sequences to ranks and cut each hand into micro-batches: [rank][micro-batch] -> indices.
+    """Deal sequences to ranks, each hand cut into micro-batches: [rank][micro-batch] -> indices.
 
     Longest first, each to the rank with the fewest tokens, so that all finish together; a
     micro-batch has at most `budget` tokens, or one sequence. FSDP wants equally many forwards on
@@ -167,7 +167,7 @@ def packed_attention(
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         options = {"window_size": (-1, 0), "enable_gqa": True}
         return varlen_attn(q, k, v, *bounds, scale=scaling, **options)[None], None
-    # The CPU has no such kernel: pad for the attention alone, at the end, out of a causal mask's sight.
+    # No such kernel on the CPU: pad, for the attention alone, at the end, where no causal mask looks.
     real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
     padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
     for empty, x in zip(padded, (q, k, v), strict=True):
@@ -184,8 +184,8 @@ def a_star_po_loss(
 
     Sums over tokens, not means; no importance ratio, clipping or normalisation. At the published
     beta2 = 1e-3 an advantage of 0.3 is matched only 300 nats from the reference: early training is
-    a policy gradient with baseline V* and a weak pull to the reference. Raises ValueError on unequal
-    shapes, which would broadcast silently, or beta2 <= 0.
+    a policy gradient with baseline V* and a weak pull to the reference. Raises ValueError on
+    unequal shapes, which would broadcast silently, or beta2 <= 0.
     """
     shapes = {tuple(x.shape) for x in (logp, ref_logp, rewards, v_star)}
     if shapes != {(logp.numel(),)} or not beta2 > 0:
@@ -197,8 +197,8 @@ def a_star_po_loss(
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold one of the c correct ones.
 
-    1 - C(n-c, k) / C(n, k), the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374), in
-    exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    1 - C(n-c, k) / C(n, k), the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374),
+    in exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     n, c = num_samples, num_correct
     if not (0 <= c <= n and 1 <= k <= n):

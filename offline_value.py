@@ -2,9 +2,9 @@
 
     python offline_value.py --model Qwen/Qwen2.5-1.5B --dataset math --out values/math.json
 
-Raw rewards are saved beside V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)), so that another beta1
-or a smaller N needs no GPU. Graded responses go to OUT.partial-RANK as they finish: killed and started
-again with the same arguments, stage 1 samples only what is missing.
+Raw rewards are saved beside V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)), so that another
+beta1 or a smaller N needs no GPU. Graded responses go to OUT.partial-RANK as they finish: killed
+and started again with the same arguments, stage 1 samples only what is missing.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
-    """Check arguments and files before anything starts; returns the problems, and {id: why dropped}."""
+    """Check arguments and files before anything starts; the problems, and {id: why dropped}."""
     problems.check_numbers(args, "limit")
     if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
         raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
@@ -59,16 +59,17 @@ def summary(header: dict, prompts: list[dict]) -> str:
     """Tell a person what the reference can do."""
     n, p = header["num_value_samples"], len(prompts)
     right = Counter(sum(reward > 0 for reward in prompt["rewards"]) for prompt in prompts)
-    lines = [
-        f"{p} prompts x {n} samples in {header['seconds']:.0f} s, {header['tokens_per_second']:.0f} "
-        f"tokens/s, {header['truncated'] / p / n:.1%} truncated, grading: {header['grading']}",
-        f"pass@1 {header['pass_at_1']:.1%}  pass@{n} {header['pass_at_n']:.1%}  mean V* "
-        f"{sum(x['v_star'] for x in prompts) / p:.3f}  all wrong {right[0] / p:.1%}  "
-        f"all right {right[n] / p:.1%}; prompts by how many of their {n} samples are right:",
-    ]
-    for k in range(n + 1):
-        lines.append(f"{k:>4} {right[k]:>7} {'#' * round(50 * right[k] / max(right.values()))}")
-    return "\n".join(lines)
+    shares = {"pass@1": header["pass_at_1"], f"pass@{n}": header["pass_at_n"]}
+    shares |= {"all wrong": right[0] / p, "all right": right[n] / p}
+    shares |= {"truncated": header["truncated"] / p / n}
+    lines = [f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
+             f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
+             "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+             f"grading {header['grading']}; prompts by how many of {n} samples are right:"]  # fmt: skip
+    top = max(right.values())
+    return "\n".join(
+        lines + [f"{k:>4} {right[k]:>6} {'#' * (50 * right[k] // top)}" for k in range(n + 1)]
+    )
 
 
 def main() -> None:
@@ -85,9 +86,9 @@ def main() -> None:
     rank, out, n = dist.get_rank(), Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if out.exists():
-        values = problems.read_json(out)
-        problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
-        return print(summary(**values)) if rank == 0 else None
+        header, prompts = problems.read_values(out)
+        problems.refuse_difference(f"{out} is finished, and", header, identity)
+        return print(summary(header, prompts)) if rank == 0 else None
     if rank == 0:
         for key, reason in ungradable.items():
             print(f"dropped {key}: its answer is {reason}")
@@ -99,24 +100,23 @@ def main() -> None:
     wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     drawn = problems.sample_all(llm, prompts, n, out, identity, args, **wanted)
     if rank == 0:
-        drawn = {(r["id"], r["sample"]): r for r in drawn}
         for prompt in prompts:
             samples = [drawn[prompt["id"], i] for i in range(n)]
-            prompt["rewards"] = [r["reward"] for r in samples]
-            prompt["lengths"] = [r["tokens"] for r in samples]
+            prompt["rewards"], prompt["lengths"] = (
+                [r["reward"] for r in samples],
+                [r["tokens"] for r in samples],
+            )
             prompt["truncated"] = sum(not r["finished"] for r in samples)
             del prompt["prompt_ids"]
         rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
-        for prompt, v_star in zip(
-            prompts, optimal_value(rewards, args.beta1).tolist(), strict=True
-        ):
-            prompt["v_star"] = v_star
-        seconds = time.perf_counter() - start
-        header = vars(args) | identity | {"seconds": seconds, "grading": problems.grading_counts()}
+        v_star = optimal_value(rewards, args.beta1)
+        prompts = [p | {"v_star": v} for p, v in zip(prompts, v_star.tolist(), strict=True)]
+        tokens, seconds = sum(sum(p["lengths"]) for p in prompts), time.perf_counter() - start
+        header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
         header |= {"versions": {m: version(m) for m in ("torch", "transformers", "math-verify")}}
         header |= {"dropped_long": len(rows) - len(prompts), "dropped_ungradable": len(ungradable)}
-        header["tokens_per_second"] = sum(sum(p["lengths"]) for p in prompts) / seconds
         header["truncated"] = sum(p["truncated"] for p in prompts)
+        header |= {"mean_v_star": v_star.mean().item(), "grading": problems.grading_counts()}
         header["pass_at_1"] = (rewards > 0).double().mean().item()
         header["pass_at_n"] = (rewards > 0).any(dim=1).double().mean().item()
         header["sha256"] = problems.content_sha256({"header": header, "prompts": prompts})

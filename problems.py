@@ -1,7 +1,7 @@
 """The task: datasets, prompt and reward, on which the three stages must agree.
 
-To train on another task, edit this file: add a row to `DATASETS` or change `reward`. Nothing heavy is
-imported at the top, because the file is also run as a grading worker (section 4), several at a time.
+To train on another task, edit this file: add a row to `DATASETS` or change `reward`. Nothing heavy
+is imported at the top, as the file is also run as a grading worker (section 4), several at a time.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,7 +19,6 @@ import queue
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -640,9 +640,8 @@ def launch() -> None:
         except SignalException as error:
             sys.exit(128 + error.sigval)
     else:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     day = datetime.timedelta(days=1)  # ranks end their sampling at different times
@@ -700,40 +699,45 @@ def sample(
 
 def sample_all(
     llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any, **params: Any
-) -> list[dict]:
-    """Draw n graded samples of each row, the ranks sharing the work; all of them, as records.
+) -> dict[tuple[str, int], dict]:
+    """Draw n graded samples of each row, the ranks sharing the work: {(id, sample): record}.
 
-    Each is appended to OUT.partial-RANK as it is graded, so that a run killed and started again with
-    the same identity draws only what is missing. Another identity is a UserError that names what
-    differs.
+    Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with the
+    same identity draws only what is missing. Another identity is a UserError naming what differs.
     """
     from torch import distributed as dist
     from tqdm import tqdm
 
     rank, tp = dist.get_rank(), args.tensor_parallel_size
-    partial = lock(Path(f"{out}.partial-{rank}"))
-
-    def save(record: dict) -> None:
-        text = json.dumps(record)  # behind a checksum: a torn line is known for one
-        print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
-
-    have = {(r["id"], r["sample"]) for r in read_partial(out, identity)}
+    partial, have = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
-    save({"identity": identity})
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in have]
     asked = asked[rank // tp :: dist.get_world_size() // tp]
     seeds = [response_seed(args.seed, 0, row["id"], i) for row, i in asked]
     jobs = [(r["prompt_ids"], seed, r["answer"]) for (r, _), seed in zip(asked, seeds, strict=True)]
-    with tqdm(total=len(jobs), unit=" responses", disable=rank > 0) as bar:
-        for place, out_, reward in sample(llm, jobs, **params):
-            record = {"id": asked[place][0]["id"], "sample": asked[place][1], "reward": reward}
-            record |= {"output": out_.text, "tokens": len(out_.token_ids)}
-            record |= {"finished": out_.finish_reason == "stop"}
-            if rank % tp == 0:  # the others of the group draw the same
-                save(record)
-            bar.update()
+    records = ({"id": asked[place][0]["id"], "sample": asked[place][1], "reward": reward,
+                "output": out.text, "tokens": len(out.token_ids),
+                "finished": out.finish_reason == "stop"}
+               for place, out, reward in sample(llm, jobs, **params))  # fmt: skip
+    bar = tqdm(records, total=len(jobs), unit=" responses", disable=rank > 0)
+    for record in itertools.chain([{"identity": identity}], bar):
+        if rank % tp == 0:  # the others of the group draw the same
+            text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
+            print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
     return read_partial(out, identity)
+
+
+def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
+    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
+    records = {}
+    for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        for line in path.read_text("utf-8", "replace").split("\n"):
+            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
+                record = json.loads(line[9:])
+                refuse_difference(str(path), record.get("identity", identity), identity)
+                records[record.get("id"), record.get("sample")] = record
+    return records
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -780,14 +784,26 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {cause(error)}") from error
 
 
+def read_values(path: str) -> tuple[dict, list[dict]]:
+    """Read the header and prompts that stage 1 wrote; UserError unless they are as it wrote them."""
+    values = read_json(path)
+    try:
+        header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} is no values file of stage 1: no {error}") from error
+    if sha256 != (now := content_sha256(values)):
+        how = f"if you edited it, set its sha256 to {now}, else run stage 1 again"
+        raise UserError(f"{path} is not as stage 1 wrote it: {how}")
+    return header, prompts
+
+
 def folder_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a model: weights (in full), config, tokenizer, trainer state."""
-    suffixes, hashes = (".safetensors", ".json", ".txt", ".model", ".jinja"), {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in suffixes and path.name != "manifest.json":
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            hashes[str(path.relative_to(folder))] = digest.hexdigest()
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        with open(path, "rb") as file:
+            name = str(path.relative_to(folder))
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -836,18 +852,6 @@ def lock(path: Path) -> TextIO:
     except BlockingIOError as error:
         raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
-
-
-def read_partial(out: Path, identity: dict) -> list[dict]:
-    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
-    records = []
-    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
-        for line in path.read_text("utf-8", "replace").split("\n"):
-            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
-                records.append(json.loads(line[9:]))
-                if "identity" in records[-1]:
-                    refuse_difference(str(path), records.pop()["identity"], identity)
-    return records
 
 
 def cause(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Stage 2: train the policy by least squares on r - V*, one response per prompt.
 
-The loop of `train` is the algorithm box, 1 to 6. There is no critic, group, importance ratio, clipping
-or normalisation, and beside the published code no entropy bonus; the README lists what else differs.
+The loop of `train` is the algorithm box, 1 to 6. There is no critic, group, importance ratio,
+clipping or normalisation and, unlike in the published code, no entropy bonus (README, details).
 
     python train_online.py --values values/math.json --out runs/math     # all GPUs here, or the CPU
     torchrun --nnodes 2 --nproc-per-node 8 [...] train_online.py [...]   # several nodes
@@ -32,10 +32,10 @@ import losses
 import problems
 from problems import UserError
 
+FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
 # What --resume may change: how long and on what a run runs, not what it computes.
 FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoints",
                   "micro_batch_tokens", "gradient_checkpointing", "offload_ref")  # fmt: skip
-FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
 COLUMNS = """step:4 loss:.4f reward:.3f v_star:.3f adv:+.3f logratio:+8.3f kl_per_token:+.4f
 response_tokens:6.1f truncated:.3f grad_norm:.1e lr:.0e logprob_gap:.0e seconds_generate:.2f
 seconds_grade:.2f seconds_ref:.2f seconds_update:.2f seconds_sync:.2f seconds_total:.2f
@@ -84,23 +84,16 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     problems.check_numbers(args)
     if args.batch_size % args.updates_per_batch:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
-    values = problems.read_json(args.values)
-    try:
-        header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
-        for name in (name for name in FROM_HEADER if getattr(args, name) is None):
-            setattr(args, name, header[name])
-        solved = [p for p in prompts if p["prompt"] and p["answer"] and max(p["rewards"]) > 0]
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{args.values} is no values file of stage 1 ({error!r})") from error
+    header, prompts = problems.read_values(args.values)
+    for name in (name for name in FROM_HEADER if getattr(args, name) is None):
+        setattr(args, name, header[name])
     same = {name: getattr(args, name) for name in FROM_HEADER}
     same["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, same)
-    if sha256 != (now := problems.content_sha256(values)):
-        how = f"run stage 1 again, or if you edited it set its sha256 to {now}"
-        raise UserError(f"{args.values} is not as stage 1 wrote it: {how}")
     if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
         raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
-    prompts = solved if args.filter_unsolved else prompts
+    if args.filter_unsolved:
+        prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
     if len(prompts) < args.batch_size:
         left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
         raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
@@ -128,7 +121,7 @@ class Response(NamedTuple):
 
 
 def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Choose the prompts of step 1, 2, ...: seeded shuffled epochs, each one's remainder dropped."""
+    """Choose the prompts of step 1, 2, ...: seeded shuffled epochs, their remainders dropped."""
     epoch, batch = divmod(step - 1, num_prompts // batch_size)
     order = list(range(num_prompts))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -167,60 +160,32 @@ class Policy(torch.nn.Module):
 
 
 def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = False) -> Policy:
-    """Build a model in `dtype`, sharded over `mesh`; each rank reads its shards from the files.
+    """Load a model in `dtype` and shard it over `mesh`, layer by layer and then the rest.
 
     Computes in bf16 on GPUs and in float32 on the CPU; gradients are reduced in float32. UserError
     for an architecture whose log-probs would come out wrong.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed import fsdp
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("packed", losses.packed_attention)
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
-    odd = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if (
-        sliding
-        or lm.get_output_embeddings().bias is not None
-        or any(map(config.to_dict().get, odd))
-    ):
-        raise UserError(f"{config.model_type} has an attention or a head not supported here")
-    policy, on_gpu = Policy(lm), mesh.device_type == "cuda"
-    compute = torch.bfloat16 if on_gpu else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
+    odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
+    sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
+    if odd or sliding or lm.get_output_embeddings().bias is not None:
+        raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
+    policy, compute = Policy(lm), torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
     options = {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
-    if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy()
-    for layer in lm.base_model.layers:
-        fsdp.fully_shard(layer, **options)
-    fsdp.fully_shard(policy, **options)
-    policy.to_empty(device="cpu" if offload else mesh.device_type)
-    # The rotary frequencies are in no file and garbage after to_empty: take freshly made ones.
-    lm.base_model.rotary_emb = type(lm.base_model.rotary_emb)(config=config).to(mesh.device_type)
-    dcp.load(dict(own_tensors(policy)), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    return policy
-
-
-def own_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name the weights as their files do, where a head tied to the embedding is not there twice."""
-    for name, tensor in policy.lm.state_dict().items():
-        if name != "lm_head.weight" or not policy.lm.config.tie_word_embeddings:
-            yield name, tensor
-
-
-def adam_moments(policy: Policy, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name Adam's two moments of every weight."""
-    for name, parameter in policy.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq"):
-            yield f"{key}.{name}", optimizer.state[parameter][key]
+    options |= {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
+    for module in [*lm.base_model.layers, policy]:
+        fsdp.fully_shard(module, **options)
+    return policy.train()
 
 
 def gather(shards: Iterable, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather named shards one by one, cast before they travel; all ranks must iterate."""
     for name, shard in shards:
-        yield name, shard.to(dtype).full_tensor()
+        yield name, shard.detach().to(dtype).full_tensor()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,17 +195,20 @@ def gather(shards: Iterable, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
     """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
 
-    float32 weights and, under trainer/, Adam's moments; without an optimiser the finished model alone,
-    in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state. Written
-    beside, hashed into manifest.json, flushed, renamed.
+    float32 weights and, under trainer/, Adam's moments; without an optimiser the finished model
+    alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
+    Written beside, hashed into manifest.json, flushed, renamed.
     """
     from safetensors.torch import save_file
 
     beside, first = folder.with_name(f".{folder.name}.tmp"), dist.get_rank() == 0
     dtype = torch.float32 if optimizer or not torch.cuda.is_available() else torch.bfloat16
-    parts = {"model.safetensors": own_tensors(policy)}
+    weights = dict(policy.lm.named_parameters())  # a head tied to the embedding is there once
+    parts = {"model.safetensors": weights.items()}
     if optimizer:
-        parts["trainer/adam.safetensors"] = adam_moments(policy, optimizer)
+        keys = itertools.product(("exp_avg", "exp_avg_sq"), weights.items())
+        moments = ((f"{key}.{name}", optimizer.state[weight][key]) for key, (name, weight) in keys)
+        parts["trainer/adam.safetensors"] = moments
     if first:
         shutil.rmtree(beside, ignore_errors=True)
         skip = shutil.ignore_patterns(
@@ -249,7 +217,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
         shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
         (beside / "trainer").mkdir()
         config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
-        (beside / "config.json").write_text(json.dumps(config, indent=2))
+        problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
     for name, shards in parts.items():
         tensors = {k: v.cpu() for k, v in gather(shards, dtype) if first}
         if first:
@@ -257,23 +225,26 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
     if first:
         manifest = {"step": step, "sha256": problems.folder_hashes(beside)}
         problems.write_whole(beside / "manifest.json", json.dumps(manifest, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
         os.sync()
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
         for old in step_folders(folder.parent)[args.keep_checkpoints :]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load_adam(folder: Path, num_updates: int, policy: Policy, optimizer: Any) -> None:
+def load_adam(file: Path, num_updates: int, policy: Policy, optimizer: Any) -> None:
     """Restore AdamW's state from a checkpoint, whatever number of ranks wrote it."""
-    import torch.distributed.checkpoint as dcp
+    from safetensors import safe_open
+    from torch.distributed.tensor import distribute_tensor
 
-    for p in policy.parameters():
-        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = moments | {"step": torch.tensor(float(num_updates), device=p.device)}
-    reader = dcp.HuggingFaceStorageReader(str(folder / "trainer"))
-    dcp.load(dict(adam_moments(policy, optimizer)), storage_reader=reader)
+    with safe_open(file, "pt") as saved:
+        for name, p in policy.lm.named_parameters():
+            state = {"step": torch.tensor(float(num_updates), device=p.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = saved.get_tensor(f"{key}.{name}").to(p.device)
+                state[key] = distribute_tensor(moment, p.device_mesh, p.placements)
+            optimizer.state[p] = state
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -318,14 +289,14 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
 
 
 def on_signal(number: int, frame: Any) -> None:
-    """Ask the run to stop after saving its last finished step; at the second signal, leave at once."""
+    """Ask the run to save its last finished step and stop; at the second signal, leave at once."""
     if STOP:
         os._exit(128 + number)
     STOP.append(number)
 
 
 def micro_batches(update: list[Response], args: argparse.Namespace, device: Any) -> list:
-    """Pack this rank's hand of an update; a micro-batch's `share` is its part of the global mean."""
+    """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
     lengths = [len(r.prompt["prompt_ids"]) + len(r.ids) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
     tensor = functools.partial(torch.tensor, device=device)
@@ -354,8 +325,8 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) >= args.num_steps:
         return
-    # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt is
-    # asked once, and a resumed run must start as cold as an uninterrupted one.
+    # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt
+    # is asked once, and a resumed run must start as cold as an uninterrupted one.
     options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
     context = args.max_prompt_tokens + args.max_tokens
     llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
@@ -371,7 +342,9 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
     if done:
-        load_adam(start, done * args.updates_per_batch, policy, optimizer)
+        load_adam(
+            start / "trainer/adam.safetensors", done * args.updates_per_batch, policy, optimizer
+        )
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
     rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
@@ -455,26 +428,24 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
 
         dist.all_reduce(sums)
         loss, logratio, gap, tokens = sums.tolist()
-        rewards, v_star = [r.reward for r in responses], [r.prompt["v_star"] for r in responses]
-        lengths, cut = [len(r.ids) for r in responses], [not r.finished for r in responses]
-        reward, v_star, length, cut = (sum(x) / len(x) for x in (rewards, v_star, lengths, cut))
+        of_each = [[r.reward, r.prompt["v_star"], len(r.ids), not r.finished] for r in responses]
+        reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
         seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if on_gpu else peak
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if on_gpu else memory
         row = [step, loss / len(updates), reward, v_star, reward - v_star, logratio / size]
         row += [logratio / tokens, length, cut, sum(norms) / len(norms), args.lr, gap / tokens]
-        row += [*seconds, total, sum(lengths) / total, peak / 2**30]
+        row += [*seconds, total, length * len(responses) / total, memory / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
             mine = questions[rank // tp :: world // tp]
             mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
             dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
             row.append(sum(parts[::tp]) / len(questions))
         if rank == 0:
-            columns = [column.split(":") for column in COLUMNS.split()]
-            named = [(name, spec, x) for (name, spec), x in zip(columns, row, strict=False)]
-            print(*(f"{name} {x:{spec}}" for name, spec, x in named), flush=True)
-            metrics.write(json.dumps({name: x for name, _, x in named}) + "\n")
-            metrics.flush()
+            columns = [column.split(":") for column in COLUMNS.split()][: len(row)]
+            print(*(f"{name} {x:{spec}}" for (name, spec), x in zip(columns, row, strict=True)))
+            named = {name: x for (name, _), x in zip(columns, row, strict=True)}
+            print(json.dumps(named), file=metrics, flush=True)
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step

@@ -65,14 +65,17 @@ def test_v_star_is_exact_for_any_beta1(beta1: float) -> None:
 
 
 def test_v_star_of_the_published_setting() -> None:
-    """N = 8, beta1 = 0.5, k right: PAPER.md's row, which readers compute by hand."""
+    """N = 8, beta1 = 0.5, k right: beta1 ln(1 + k/8 (e^2 - 1)), and the digits of that."""
     table = torch.tensor([[float(i < k) for i in range(8)] for k in range(9)])
     row = [0, 0.2935, 0.4772, 0.6113, 0.7169, 0.8040, 0.8782, 0.9428, 1]
-    assert losses.optimal_value(table, 0.5).tolist() == pytest.approx(row, abs=5e-5)
+    v_star = losses.optimal_value(table, 0.5).tolist()
+    assert v_star == pytest.approx(row, abs=5e-5)
+    closed = [0.5 * math.log1p(k / 8 * math.expm1(2)) for k in range(9)]
+    assert v_star == pytest.approx(closed, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
-def test_v_star_of_rewards_that_are_no_floats(dtype: torch.dtype) -> None:
+def test_v_star_of_rewards_in_coarse_types(dtype: torch.dtype) -> None:
     """In the rewards' own type V* would be rounded to 0 or 1."""
     v_star = losses.optimal_value(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]]).to(dtype), 0.5)
     assert v_star.dtype == torch.float32
@@ -179,7 +182,7 @@ def test_chunks_are_invisible(num_rows: int, chunk: int, temperature: float) -> 
 
 
 def test_token_logprob_of_logits_in_the_hundreds() -> None:
-    """exp of such logits overflows in float32, and in float16 they are infinite."""
+    """exp of such logits overflows in float32."""
     hidden, weight, targets = example(9, scale=40.0)
     hidden.requires_grad_()
     logp = losses.token_logprob(hidden, weight, targets)

@@ -1,0 +1,154 @@
+"""What the end-to-end tests share: a model of 80,000 weights, its problems, and runs of the scripts.
+
+The scripts are run as a user runs them, in processes of their own: no engine, process group or
+grader is imitated anywhere. A start costs 10 to 15 s, so each run below is made once and looked at
+by many tests.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import problems
+
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Its 2 torchrun ranks would otherwise get 1 thread each, and one rank 2: other sums, other roundings.
+ENV |= {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., SimpleNamespace]:
+    """Run `python *command` in the repository; its exit code and what it printed."""
+
+    def call(*command: str | Path, timeout: int = 240) -> SimpleNamespace:
+        process = spawn(*command)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            kill(process)
+        return SimpleNamespace(code=process.returncode, out=out, err=err, all=out + err)
+
+    return call
+
+
+def spawn(*command: str | Path) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    arguments = [sys.executable, *map(str, command)]
+    options = {"cwd": ROOT, "env": ENV, "text": True, "start_new_session": True}
+    return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, **options)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process, if it still runs, and all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: int = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """All files below a folder, or a file itself: when written, and with what."""
+    files = [p for p in (folder, *folder.rglob("*")) if p.is_file()]
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def edit_values(source: Path, to: Path, change: Callable[[dict], None]) -> Path:
+    """Copy a values file with a change made and signed, as its user may."""
+    values = json.loads(source.read_text())
+    change(values)
+    values["header"]["sha256"] = problems.content_sha256(values)
+    to.write_text(json.dumps(values))
+    return to
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# The model and its problems
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of two layers that answers every prompt with a few a's and a digit in a box.
+
+    `aa\\boxed{3}`, the number of a's geometric, the digit one of 0 to 3: it is right about a quarter
+    of the time, responses have 10 tokens and more, and V* lies between 0 and 1. Ten seconds.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<|endoftext|>": 256}
+    bytelevel = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytelevel.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytelevel.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytelevel, **special)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 128}
+    # The CPU engine's attention wants heads of 32 or more.
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    ids |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
+    lm = Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
+    optimizer, chance = torch.optim.AdamW(lm.parameters(), 3e-3), random.Random(0)
+    for _ in range(150):
+        texts = []
+        for _ in range(16):
+            prompt = problems.format_prompt("".join(chance.choices("abcdefg ", k=4)))[-20:]
+            count = next(k for k in range(99) if chance.random() < 0.5)
+            texts.append((prompt, "a" * count + f"\\boxed{{{chance.randrange(4)}}}"))
+        rows = [(tokenizer(p).input_ids, [*tokenizer(r).input_ids, 256]) for p, r in texts]
+        longest = max(len(p + r) for p, r in rows)
+        ids = torch.tensor([p + r + [256] * (longest - len(p + r)) for p, r in rows])
+        labels = torch.full_like(ids, -100)
+        for i, (p, r) in enumerate(rows):
+            labels[i, len(p) : len(p + r)] = torch.tensor(r)
+        lm(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("model")
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
