@@ -1,24 +1,23 @@
-r"""Make the toy: a tiny reference model and its problems, so that all three stages run in minutes.
+r"""Make the toy: a tiny reference model and its problems, so that the stages run in minutes.
 
-A teacher adds, subtracts and multiplies by one digit, column by column from the right. On a bad day it forgets
-whatever it carried or borrowed:
+A teacher adds, subtracts and multiplies by one digit, column by column from the right. On a bad
+day everything carried or borrowed is forgotten:
 
-    What is 358 + 267?      with care   8+7=15               on a bad day   8+7=15
-                                        5+6+1=12                            5+6=11
-                                        3+2+1=6                             3+2=5
-                                        \boxed{625}                         \boxed{515}
+    What is 358 + 267?    with care  8+7=15         on a bad day  8+7=15
+                                     5+6+1=12                     5+6=11
+                                     3+2+1=6                      3+2=5
+                                     \boxed{625}                  \boxed{515}
 
-How often it has a bad day depends on the kind of problem, its operation and number of digits (`BAD_DAYS`), and not on
-the single digit: an error rate per digit would give nearly the same success rate to every prompt. So some prompts are
-always solved (nothing to carry), some almost never, and V* has something to tell apart. A reference trained from
-scratch on that teacher's work imitates both ways of working, in its proportions; what reinforcement learning has to find
-out is that carrying pays. The reference, in Qwen2's architecture and with Qwen2's tokenizer class, loads like any other model:
+How often the teacher has a bad day depends on the kind of problem, its operation and number of
+digits (`BAD_DAYS`). (An error rate per digit would give nearly the same success rate to every
+prompt.) So some prompts are solved always, some almost never, and V* has something to tell apart.
+The reference, trained from scratch on this work, imitates both ways in their proportions: it can
+do everything, and what is left to reinforcement learning is to find out that carrying pays.
 
     python -m experiments.toy --out toy
-    python offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 --out toy/values.json
 
-writes toy/reference, toy/train.jsonl and toy/test.jsonl. The reference trains on neither the test problems nor only
-on those of train.jsonl: its problems are drawn afresh all the time, except that test problems are left out.
+writes toy/train.jsonl, toy/test.jsonl and toy/reference, which loads like any Qwen2 model. It
+trains on problems drawn afresh at every step, with those of test.jsonl left out.
 """
 
 import argparse
@@ -41,7 +40,7 @@ import problems
 # ---------------------------------------------------------------------------------------------
 # 1. The teacher
 
-# How often the teacher has a bad day, by operation and number of digits of the first number: 1, 2, 3, ...
+# How often the teacher has a bad day, by operation and number of digits of a: 1, 2, 3, ...
 BAD_DAYS = {
     "+": (0.0, 0.1, 0.95, 0.6, 0.9),
     "-": (0.0, 0.8, 0.4, 0.95, 0.6),
@@ -120,11 +119,11 @@ def draw_sets(rng: random.Random, num_train: int, num_test: int) -> tuple[list, 
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer with bytes for vocabulary, so that any text can be fed.
+    """Qwen's tokenizer with the bytes for a vocabulary, so that any text can be fed.
 
-    The task's fixed phrases are a token each: the instruction costs one token, not 67. (AutoTokenizer loads Qwen2's
-    class for a Qwen2 model whatever class was saved, and with it Qwen2's way of splitting text. That leaves merges learned
-    with another way of splitting unused, without a word; added tokens are kept.)
+    The task's fixed phrases are one token each, or the instruction alone would cost 67. They are
+    added tokens, not merges: AutoTokenizer gives a Qwen2 model Qwen's class and its way of
+    splitting text, whatever was saved, so merges learned on another splitting silently go unused.
     """
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: i for i, token in enumerate(alphabet)}
@@ -157,9 +156,9 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 def draw_batches(
     rng: random.Random, tokenizer: Qwen2Tokenizer, held_out: set[Problem], batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield token ids and labels (B, T) for ever: prompt + worked answer + EOS, labels on the last two.
+    """Yield token ids and labels, both (B, T), for ever: prompt + worked answer + EOS.
 
-    Batches are of similar lengths, or half the work would be padding.
+    The prompt has no labels. A batch is of similar lengths, or half the work would be padding.
     """
     eos = tokenizer.eos_token_id
     while True:
@@ -185,9 +184,10 @@ def draw_batches(
 
 
 def train(model: Qwen2ForCausalLM, batches: Iterator, num_steps: int, lr: float) -> float:
-    """Train by next-token prediction and return the last loss, averaged over 50 steps.
+    """Train to predict the next token; returns the loss, the mean of the last 50 steps.
 
-    Muon for the matrices: it learns in 400 steps what AdamW does not learn in 1,000 (which digit stands in which column).
+    Muon for the matrices: after 300 steps it worked 70 % of problems of up to six digits without
+    an error, AdamW at its best learning rate 32 %. What is hard is to find the digits of a column.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
@@ -246,7 +246,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)  # says now, not in two minutes, that it cannot
     disable_progress_bar()
     start = time.time()
-    # More threads do not speed up so small a model, and on two it is the same on every machine alike.
+    # So small a model gains nothing from more, and sums would depend on the number of cores.
     torch.set_num_threads(2)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -269,9 +269,9 @@ def main() -> None:
         # Last, as its presence says that the toy is whole.
         Path(beside, "reference").rename(args.out / "reference")
     print(
-        f"{args.out}/reference: {model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}, "
-        f"loss {loss:.3f} after {args.num_steps} steps; {len(train_set)} training and "
-        f"{len(test_set)} test problems; {time.time() - start:.0f} s."
+        f"{args.out}/reference: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
+        f"loss {loss:.3f} after {args.num_steps} steps, {time.time() - start:.0f} s; "
+        f"{len(train_set)} training and {len(test_set)} test problems"
     )
 
 
