@@ -10,7 +10,6 @@ of training: the clock of metrics.jsonl, which stands still in evaluation, check
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import matplotlib
@@ -78,10 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("toy"), help="what `make demo` wrote")
     folder = parser.parse_args().folder
-    summaries = [problems.read_json(folder / when / "summary.json") for when in ("before", "after")]
+    summaries = [
+        problems.read_json(folder / f"{when}/summary.json") for when in ("before", "after")
+    ]
     before, after = (summary["benchmarks"]["test"] for summary in summaries)
-    metrics = (folder / "run" / "metrics.jsonl").read_text("utf-8")
-    draw([json.loads(line) for line in metrics.splitlines()], before, after, folder / "curve.png")
+    draw(problems.read_rows(folder / "run/metrics.jsonl"), before, after, folder / "curve.png")
     seconds = part_seconds(folder).items()
     print(f"\n{table(before, after)}\n")
     print("seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds))
