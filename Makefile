@@ -18,6 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
+export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test lint clean
 

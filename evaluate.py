@@ -8,6 +8,7 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -115,11 +116,11 @@ def main() -> None:
     problems.check_numbers(args, "num_samples", "limit", "temperature")
     if args.grade:
         return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
-    sets, out, every = {}, Path(args.out), []
+    sets, out = {}, Path(args.out)
     for name in args.benchmarks.split(","):
         rows = problems.load_problems(name, "test")[: args.limit or None]
         report_ungradable(rows)
-        sets[Path(name).stem if Path(name).suffix else name], every = rows, every + rows
+        sets[Path(name).stem if Path(name).suffix else name] = rows
     context = problems.context_length(args.model)
     problems.launch()
     import torch.distributed as dist
@@ -131,11 +132,14 @@ def main() -> None:
         saved = problems.read_json(summary)
         problems.refuse_difference(f"what is in {out}", saved["header"], header)
         done = saved["benchmarks"]
-    tokenizer = AutoTokenizer.from_pretrained(problems.model_folder(args.model))
-    problems.write_prompts(every, tokenizer, args.chat_template)
-    longest = max(len(row["prompt_ids"]) for row in every) + args.max_tokens
-    llm = problems.start_engine(args, min(context, longest), seed=args.seed)
-    for name in (name for name in sets if name not in done):
+    sets = {name: rows for name, rows in sets.items() if name not in done}
+    every = list(itertools.chain(*sets.values()))
+    if every:
+        tokenizer = AutoTokenizer.from_pretrained(problems.model_folder(args.model))
+        problems.write_prompts(every, tokenizer, args.chat_template)
+        longest = max(len(row["prompt_ids"]) for row in every) + args.max_tokens
+        llm = problems.start_engine(args, min(context, longest), seed=args.seed)
+    for name in sets:
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
         temperature = float(n > 1) if args.temperature is None else args.temperature
         params = {"temperature": temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
@@ -155,7 +159,8 @@ def main() -> None:
         dist.barrier()
     if rank == 0:
         print(table(done), "grading:", problems.grading_counts(), sep="\n")
-    llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
+    if every:
+        llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
 
 
 if __name__ == "__main__":

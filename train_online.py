@@ -320,6 +320,7 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
     on_gpu, out = torch.cuda.is_available(), Path(args.out)
+    nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # read here: the engine overwrites it
     identity = problems.identify(args, *FREE_ON_RESUME)
     metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
@@ -331,8 +332,11 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     context = args.max_prompt_tokens + args.max_tokens
     llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
     device, compute = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # shard inside a node, replicate across
-    mesh = init_device_mesh(device, (nodes, world // nodes) if nodes > 1 else (world,))
+    # Shard inside a node, replicate across them.
+    shape, names = (
+        ((nodes, world // nodes), ("replicate", "shard")) if nodes > 1 else ((world,), None)
+    )
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)

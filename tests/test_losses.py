@@ -9,7 +9,6 @@ point, and that with another number in V*'s place they do not.
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
 
 import mpmath
 import pytest
@@ -332,7 +331,7 @@ def test_deal(lengths: list[int], num_ranks: int, budget: int) -> None:
         tokens = [[lengths[i] for i in batch] for batch in hand]
         assert all(sum(batch) <= budget or len(batch) == 1 for batch in tokens)
         for batch, following in itertools.pairwise(tokens):  # none cut or empty without need
-            assert not following or sum(batch) + following[0] > budget
+            assert not following or (batch and sum(batch) + following[0] > budget)
     assert any(hand[-1] for hand in hands) or not lengths
 
 
@@ -343,7 +342,7 @@ def test_deal_by_hand() -> None:
 
 
 def test_pack_by_hand() -> None:
-    """An index off by one trains the model to repeat the token it reads."""
+    """Rows off by one train a model to repeat what it reads; positions must not run on, either."""
     inputs, lengths = losses.pack([[1, 2, 3], [4], [5, 6]], [[7, 8], [9], [10, 11, 12]])
     assert inputs["input_ids"].tolist() == [[1, 2, 3, 7, 4, 5, 6, 10, 11]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3]]
@@ -401,7 +400,7 @@ RESPONSES = [[4, 8, 15, 16, 23, 0], [0], [13, 0], [21, 1, 34, 0], [17]]
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     """A tiny Qwen2 twice, packed and ordinary, its weights so large that context matters."""
     from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
@@ -449,7 +448,7 @@ def single_logprob(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_packed_sequences_are_as_if_alone(models: tuple, temperature: float) -> None:
-    """Positions that run on, attention across a border, rows off by one; gradients likewise."""
+    """Attention across a border, rows off by one, a temperature forgotten; gradients likewise."""
     packed, ordinary = models
     upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
     token_logp, logp = packed_logprob(packed, PROMPTS, RESPONSES, temperature)
@@ -497,17 +496,17 @@ def test_packed_tokens_do_not_see_the_future(models: tuple) -> None:
 
 
 def test_loss_and_gradient_by_hand() -> None:
-    """beta2 = 1/2; residuals 1/2 * 2 - 3/4 = 1/4 and 1/2 * 2 + 1/4 = 5/4, of four that average."""
+    """A wrong sign, a lost factor, a sum for the mean: numbers that binary fractions hold exactly."""
     logp = torch.tensor([-1.0, -2.0, -3.0, -8.0], requires_grad=True)
     ref_logp = torch.tensor([-3.0, -4.0, -3.0, -4.0])
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     v_star = torch.tensor([0.25, 0.25, 1.0, 0.5])
     loss = losses.a_star_po_loss(logp, ref_logp, rewards, v_star, 0.5)
-    # residuals 1/4, 5/4, 0 and 1/2 * -4 + 1/2 = -3/2: squares 1/16 + 25/16 + 0 + 36/16 = 62/16
+    # residuals: 1/2 * 2 - 3/4 = 1/4, 1/2 * 2 + 1/4 = 5/4, 0 - 0 = 0, 1/2 * -4 + 1/2 = -3/2
     assert loss.shape == ()
-    assert loss.item() == 62 / 16 / 4
+    assert loss.item() == (1 / 16 + 25 / 16 + 0 + 9 / 4) / 4
     loss.backward()
-    # d loss / d logp = 2 beta2 residual / 4 = residual / 4
+    # d loss / d logp = 2 * 1/2 * residual / 4
     assert logp.grad.tolist() == [1 / 16, 5 / 16, 0, -3 / 8]
 
 

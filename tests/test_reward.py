@@ -215,8 +215,8 @@ def test_submit_returns_quickly(text: str) -> None:
     for answer in ("5", "x^2+1", text[:50].replace("{", "").replace("}", "") + "5"):
         start = time.time()
         verdict = submit(boxed(text), answer)
-        assert time.time() - start < 2
-        assert verdict.result(30) in (0, 1)
+        assert time.time() - start < 10  # some 0.1 s; the guard is against hanging
+        assert verdict.result(60) in (0, 1)
 
 
 def test_a_box_equal_to_a_huge_answer_is_right() -> None:
