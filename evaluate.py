@@ -151,9 +151,7 @@ def main() -> None:
         records = [{field: r[field] for field in FIELDS} for r in records]
         if rank == 0:
             done[name] = score(records)
-            problems.write_whole(
-                file, "".join(json.dumps(record) + "\n" for record in records), True
-            )
+            problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
             scores = {"header": header, "benchmarks": done}
             problems.write_whole(summary, json.dumps(scores, indent=2))
         dist.barrier()
