@@ -210,6 +210,12 @@ def test_pathological_boxes_are_recognised(text: str) -> None:
     assert grading_counts()["failures"] == before
 
 
+@pytest.mark.parametrize("text", [r"9^{9^{9^9}}", "10000000!", "10!!!!", r"2^{10^{7}}"])
+def test_huge_numbers_are_recognised_before_they_are_computed(text: str) -> None:
+    with pytest.raises(OverflowError):
+        problems._parse(text)
+
+
 @pytest.mark.parametrize("text", SLOW_FOR_PATTERNS, ids=lambda text: text[:20])
 def test_submit_returns_quickly(text: str) -> None:
     for answer in ("5", "x^2+1", text[:50].replace("{", "").replace("}", "") + "5"):
