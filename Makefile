@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pytest clean
 
 demo: $(ENVIRONMENT)
 	rm -rf toy && mkdir toy && touch toy/started
@@ -35,12 +35,14 @@ demo: $(ENVIRONMENT)
 	    --max-tokens 128 --seed $(SEED) --out toy/after
 	$(RUN) -m experiments.report --folder toy
 
-test: lint
-	$(RUN) -m pytest
+test: lint pytest
 
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+pytest: $(ENVIRONMENT)
+	$(RUN) -m pytest
 
 clean:
 	rm -rf toy .venv .pytest_cache .ruff_cache .hypothesis
