@@ -622,9 +622,10 @@ def launch() -> None:
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
     # The engine lives in its rank; a CPU engine takes all cores, not one, and 1 GiB.
-    for setting in ("ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind",
-                    "CPU_KVCACHE_SPACE=1", "LOGGING_LEVEL=ERROR"):  # fmt: skip
-        os.environ.setdefault(*f"VLLM_{setting}".split("="))
+    for setting in ("VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_CPU_OMP_THREADS_BIND=nobind",
+                    "VLLM_CPU_KVCACHE_SPACE=1", "VLLM_LOGGING_LEVEL=ERROR",
+                    "HF_HUB_DISABLE_PROGRESS_BARS=1"):  # fmt: skip
+        os.environ.setdefault(*setting.split("="))
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -705,8 +706,8 @@ def sample_all(
 ) -> dict[tuple[str, int], dict]:
     """Draw n graded samples of each row, the ranks sharing the work: {(id, sample): record}.
 
-    Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with the
-    same identity draws only what is missing. Another identity is a UserError naming what differs.
+    Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with
+    the same identity draws only what is missing; another identity is a UserError naming the field.
     """
     from torch import distributed as dist
     from tqdm import tqdm
@@ -759,7 +760,7 @@ def check_numbers(args: Any, *may_be_zero: str) -> None:
 
 
 def model_folder(model: str) -> Path:
-    """Find a model's files: a local folder's, or a hub id's, downloaded if need be; or UserError."""
+    """Find a model's files: a local folder, or a hub id's, downloaded if need be; or UserError."""
     folder = Path(model)
     if not folder.is_dir():
         import huggingface_hub
@@ -788,7 +789,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_values(path: str) -> tuple[dict, list[dict]]:
-    """Read the header and prompts that stage 1 wrote; UserError unless they are as it wrote them."""
+    """Read the header and prompts that stage 1 wrote; UserError unless they are as it left them."""
     values = read_json(path)
     try:
         header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
