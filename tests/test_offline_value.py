@@ -11,11 +11,13 @@ import torch
 from conftest import (
     NUM_PROMPTS,
     NUM_VALUE_SAMPLES,
+    assert_refused,
     kill,
     spawn,
     stage1_arguments,
     torchrun,
     wait_until,
+    write_lines,
 )
 
 import problems
@@ -131,3 +133,52 @@ def test_finished_file_is_not_made_again_and_never_overwritten(run, model, datas
     other = run("offline_value.py", *arguments, "--out", stage1.file, "--temperature", "0.5")
     assert other.code == 2 and "temperature" in other.err, other.all
     assert stage1.file.read_bytes() == before
+
+
+def test_box_without_eos_earns_nothing(cut_short):
+    """`\\boxed{1}` has 9 tokens and EOS is the tenth: many boxes are right, none is finished."""
+    values = json.loads(cut_short.read_text())
+    for p in values["prompts"]:
+        assert p["rewards"] == [0.0] * NUM_VALUE_SAMPLES and p["v_star"] == 0.0
+        assert p["lengths"] == [9] * NUM_VALUE_SAMPLES and p["truncated"] == NUM_VALUE_SAMPLES
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {  # name: arguments, what the error says
+    "unknown dataset": ("--dataset nosuch", "'nosuch'"),
+    "dataset that is a benchmark": ("--dataset math500", "'math500'"),
+    "missing file": ("--dataset {files}/none.jsonl", "none.jsonl"),
+    "missing column": ("--dataset {files}/column.jsonl", "row 2"),
+    "torn file": ("--dataset {files}/torn.jsonl", "line 2"),
+    "no answer to grade": ("--dataset {files}/ungradable.jsonl", "no answer can be graded"),
+    "missing model": ("--model {files}/nothing", "nothing"),
+    "folder without weights": ("--model {files}", "safetensors"),
+    "beta1 0": ("--beta1 0", "--beta1"),
+    "beta1 negative": ("--beta1=-1", "--beta1"),
+    "beta1 not a number": ("--beta1 nan", "--beta1"),
+    "greedy": ("--temperature 0", "--temperature"),
+    "no samples": ("--num-value-samples 0", "--num-value-samples"),
+    "negative limit": ("--limit=-1", "--limit"),
+    "context too short": ("--max-tokens 4096", "--max-tokens"),
+    "out is a folder": ("--out {files}", "folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(bad_runs, model, dataset, tmp_path_factory):
+    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("bad")
+    good = {"question": "q", "answer": "1"}
+    write_lines(files / "column.jsonl", [good, {"question": "q", "solution": "1"}])
+    write_lines(files / "ungradable.jsonl", [good | {"answer": ""}, good | {"answer": "{"}])
+    (files / "torn.jsonl").write_text(json.dumps(good) + '\n{"question": "q", "ans')
+    base = "--model {model} --dataset {dataset} --out {out} --max-prompt-tokens 160 "
+    table = {name: (base + arguments, says) for name, (arguments, says) in BAD.items()}
+    places = {"model": model, "dataset": dataset, "files": files}
+    return bad_runs("offline_value.py", table, folder, **places)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_code_2(case, bad):
+    assert_refused(bad[case], BAD[case][1])

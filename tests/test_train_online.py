@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     RAGGED,
+    assert_refused,
     edit_values,
     free_port,
     kill,
@@ -30,7 +31,7 @@ SECONDS = "seconds_generate seconds_grade seconds_ref seconds_update seconds_syn
 COLUMNS = f"""step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
 lr logprob_gap {SECONDS} tokens_per_second peak_gib"""
 TIMING = {*SECONDS.split(), "tokens_per_second", "peak_gib"}
-LONG = """--batch-size 6 --updates-per-batch 2 --samples-per-prompt 2 --lr 1e-3 --beta2 0.1
+LONG = """--batch-size 6 --updates-per-batch 2 --samples-per-prompt 2 --lr 1e-4 --beta2 0.1
 --beta1 1 --eval-every 3"""
 
 
@@ -181,7 +182,7 @@ def test_metrics_hold_what_the_contract_promises(straight, cool_values):
         assert row["v_star"] == pytest.approx(v_star[chosen].mean().item())
         assert row["adv"] == pytest.approx(row["reward"] - row["v_star"])
         assert row["reward"] * 12 == pytest.approx(round(row["reward"] * 12))  # of 6 x 2 responses
-        assert 1 <= row["response_tokens"] <= 48 and row["lr"] == 1e-3
+        assert 1 <= row["response_tokens"] <= 48 and row["lr"] == 1e-4
         assert 0 < row["grad_norm"] < math.inf
     assert len({row["response_tokens"] for row in rows}) > 1
     log = [line.split() for line in straight.out.splitlines() if line.startswith("step ")]
@@ -205,7 +206,7 @@ def test_checkpoints_load_as_any_model_does(straight, model, dataset):
     last = read_weights(folder / "checkpoints" / "step-8")
     assert all(torch.equal(last[k], v) for k, v in read_weights(folder / "final").items())
     config = json.loads((folder / "config.json").read_text())
-    assert (config["lr"], config["temperature"], config["beta1"]) == (1e-3, 0.5, 1.0)
+    assert (config["lr"], config["temperature"], config["beta1"]) == (1e-4, 0.5, 1.0)
 
 
 def test_each_epoch_asks_every_prompt_once_and_in_another_order():
@@ -267,7 +268,7 @@ def test_resume_with_another_setting_names_it(run, straight):
     out, before = straight.out_folder, snapshot(straight.out_folder)
     arguments = (*straight.arguments, "--out", out, "--num-steps", "9", "--resume", "--lr", "0.5")
     told = run("train_online.py", *arguments)
-    assert told.code == 2 and "lr 0.001, not 0.5" in told.err, told.all
+    assert told.code == 2 and "lr 0.0001, not 0.5" in told.err, told.all
     assert snapshot(out) == before
 
 
@@ -287,3 +288,78 @@ def test_gradient_that_is_no_number_stops_the_run(run, stage1, tmp_path):
     assert "nan" in line or "inf" in line, line
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     assert len(read_metrics(tmp_path / "run")) == 1 and not (tmp_path / "run" / "final").exists()
+
+
+def test_box_without_eos_earns_nothing(run, cut_short, tmp_path):
+    """Nine tokens hold a box but not the EOS after it: as in stages 1 and 3, the reward is 0."""
+    command = ("train_online.py", "--values", cut_short, "--out", tmp_path / "run", *RAGGED.split())
+    told = run(*command, "--num-steps", "1", "--batch-size", "40")
+    assert told.code == 0, told.all
+    (row,) = read_metrics(tmp_path / "run")
+    assert (row["reward"], row["truncated"], row["response_tokens"]) == (0.0, 1.0, 9.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {  # name: arguments, what the error says
+    "missing values": ("--values {files}/none.json", "none.json"),
+    "truncated values": ("--values {files}/truncated.json", "truncated.json"),
+    "values that are none": ("--values {files}/list.json", "list.json"),
+    "edited values": ("--values {files}/edited.json", "sha256"),
+    "values of another template": ("--values {files}/template.json", "prompt_template"),
+    "values of another model": ("--values {files}/model.json", "model_sha256"),
+    "another model": ("--model {files}", "model"),
+    "another temperature": ("--temperature 0.7", "temperature 1.0, not 0.7"),
+    "values of a model that is gone": ("--values {files}/gone.json", "gone"),
+    "beta1 0": ("--beta1 0", "--beta1"),
+    "beta2 0": ("--beta2 0", "--beta2"),
+    "beta2 negative": ("--beta2=-0.001", "--beta2"),
+    "beta2 not a number": ("--beta2 nan", "--beta2"),
+    "batch and updates": ("--batch-size 5 --updates-per-batch 2", "--updates-per-batch"),
+    "all prompts filtered": ("--values {files}/unsolved.json --filter-unsolved", "solved"),
+    "batch larger than the prompts": ("--batch-size 42", "--batch-size 42"),
+    "no steps": ("--num-steps 0", "--num-steps"),
+    "unknown evaluation set": ("--eval-dataset nosuch", "'nosuch'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(bad_runs, stage1, tmp_path_factory):
+    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("bad")
+
+    def edited(name: str, **header: str) -> None:
+        change = lambda values: values["header"].update(header)  # noqa: E731
+        edit_values(stage1.file, files / name, change)
+
+    text = stage1.file.read_text()
+    (files / "truncated.json").write_text(text[: len(text) // 2])
+    (files / "list.json").write_text("[1, 2]")
+    values = json.loads(text)
+    values["prompts"][0]["rewards"][0] = 1.0 - values["prompts"][0]["rewards"][0]
+    (files / "edited.json").write_text(json.dumps(values))
+    edited("template.json", prompt_template="{question}")
+    edited("model.json", model_sha256="0" * 64)
+    edited("gone.json", model="gone")
+
+    def unsolve(values: dict) -> None:
+        for prompt in values["prompts"]:
+            prompt["rewards"] = [0.0] * len(prompt["rewards"])
+
+    edit_values(stage1.file, files / "unsolved.json", unsolve)
+    base = "--values {values} --out {out} --batch-size 6 "
+    table = {name: (base + arguments, says) for name, (arguments, says) in BAD.items()}
+    return bad_runs("train_online.py", table, folder, files=files, values=stage1.file)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_code_2(case, bad):
+    assert_refused(bad[case], BAD[case][1])
+
+
+def test_folder_in_use_is_refused_and_left_alone(run, stage1, straight):
+    out, before = straight.out_folder, snapshot(straight.out_folder)
+    told = run("train_online.py", "--values", stage1.file, "--out", out, "--batch-size", "6")
+    told.left = []
+    assert_refused(told, "--resume")
+    assert snapshot(out) == before
