@@ -1,23 +1,24 @@
-r"""Make the toy: a tiny reference model and its problems, so that the stages run in minutes.
+r"""Make the toy: a tiny reference model and its problems, so that all three stages run in minutes.
 
-A teacher adds, subtracts and multiplies by one digit, column by column from the right. On a bad
-day everything carried or borrowed is forgotten:
+A teacher adds column by column, from the right. On a bad day it forgets whatever it carried:
 
-    What is 358 + 267?    with care  8+7=15         on a bad day  8+7=15
-                                     5+6+1=12                     5+6=11
-                                     3+2+1=6                      3+2=5
-                                     \boxed{625}                  \boxed{515}
+    What is 358 + 267?      with care   8+7=15         on a bad day   8+7=15
+                                        5+6+1=12                      5+6=11
+                                        3+2+1=6                       3+2=5
+                                        \boxed{625}                   \boxed{515}
 
-How often the teacher has a bad day depends on the kind of problem, its operation and number of
-digits (`BAD_DAYS`). (An error rate per digit would give nearly the same success rate to every
-prompt.) So some prompts are solved always, some almost never, and V* has something to tell apart.
-The reference, trained from scratch on this work, imitates both ways in their proportions: it can
-do everything, and what is left to reinforcement learning is to find out that carrying pays.
+How often it has a bad day depends on the number of digits (`BAD_DAYS`), not on the single column: an
+error rate per column would give nearly the same success rate to every prompt. So some prompts are
+always solved (nothing to carry), some seldom, and V* has something to tell apart. A reference trained
+from scratch on that teacher's work imitates both ways of working, in its proportions; what
+reinforcement learning has to find out is that carrying pays. It loads like any other model:
 
     python -m experiments.toy --out toy
+    python offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
+        --out toy/values.json
 
-writes toy/train.jsonl, toy/test.jsonl and toy/reference, which loads like any Qwen2 model. It
-trains on problems drawn afresh at every step, with those of test.jsonl left out.
+writes toy/reference, toy/train.jsonl and toy/test.jsonl. The reference trains on problems that are
+drawn afresh all the time, test problems left out.
 """
 
 import argparse
@@ -40,67 +41,46 @@ import problems
 # ---------------------------------------------------------------------------------------------
 # 1. The teacher
 
-# How often the teacher has a bad day, by operation and number of digits of a: 1, 2, 3, ...
-BAD_DAYS = {
-    "+": (0.0, 0.1, 0.95, 0.6, 0.9),
-    "-": (0.0, 0.8, 0.4, 0.95, 0.6),
-    "*": (0.0, 0.95, 0.8),
-}
-KINDS = [(op, digits) for op, rates in BAD_DAYS.items() for digits in range(1, len(rates) + 1)]
+# How often the teacher has a bad day, for summands of 1, 2, 3, ... digits.
+BAD_DAYS = (0.0, 0.3, 0.85, 0.5, 0.85, 0.7)
 
 
 class Problem(NamedTuple):
-    """One problem of integer arithmetic; b has as many digits as a, in a multiplication one."""
+    """One addition; both summands have the same number of digits."""
 
     a: int
-    op: str
     b: int
 
     @property
     def question(self) -> str:
         """The question as it stands in the dataset, without the instruction of the prompt."""
-        return f"What is {self.a} {self.op} {self.b}?"
+        return f"What is {self.a} + {self.b}?"
 
     @property
     def answer(self) -> str:
         """The right answer, not by the teacher's way."""
-        return str({"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[self.op](self.a, self.b))
+        return str(self.a + self.b)
 
     @property
     def bad_days(self) -> float:
-        """How often the teacher forgets its carries in this kind of problem."""
-        return BAD_DAYS[self.op][len(str(self.a)) - 1]
+        """How often the teacher forgets its carries in problems of this length."""
+        return BAD_DAYS[len(str(self.a)) - 1]
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Draw a problem, every kind as often; differences are not negative."""
-    op, digits = rng.choice(KINDS)
-    a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in "ab")
-    if op == "*":
-        b = rng.randint(2, 9)
-    return Problem(max(a, b), op, min(a, b)) if op == "-" else Problem(a, op, b)
+    """Draw a problem, every number of digits as often."""
+    digits = rng.randint(1, len(BAD_DAYS))
+    return Problem(*(rng.randrange(10 ** (digits - 1), 10**digits) for _ in "ab"))
 
 
 def work(problem: Problem, bad_day: bool) -> str:
-    """Work a problem as the teacher does; what was carried or borrowed is dropped on a bad day."""
-    a, op, b = problem
-    top = [int(digit) for digit in reversed(str(a))]
-    bottom = [b] * len(top) if op == "*" else [int(digit) for digit in reversed(str(b))]
+    """Work a problem as the teacher does; what was carried is dropped on a bad day."""
     lines, answer, carry = [], "", 0
-    for x, y in zip(top, bottom, strict=True):
-        if op == "-":
-            borrow = x - y - carry < 0
-            x += 10 * borrow
-            value, next_carry = x - y - carry, int(borrow)
-        else:
-            value = (x * y if op == "*" else x + y) + carry
-            next_carry = value // 10
-        line = f"{x}{op}{y}"
-        if carry:
-            line += {"+": f"+{carry}", "-": f"-{carry}", "*": f"+{carry}={x * y}+{carry}"}[op]
-        lines.append(f"{line}={value}")
+    for x, y in zip(reversed(str(problem.a)), reversed(str(problem.b)), strict=True):
+        value = int(x) + int(y) + carry
+        lines.append(f"{x}+{y}+{carry}={value}" if carry else f"{x}+{y}={value}")
         answer = f"{value % 10}{answer}"
-        carry = 0 if bad_day else next_carry
+        carry = 0 if bad_day else value // 10
     answer = f"{value // 10}{answer}"  # the last column is written out whole
     return "\n".join([*lines, f"\\boxed{{{int(answer)}}}"])
 
@@ -128,7 +108,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: i for i, token in enumerate(alphabet)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
-    phrases = ["What is ", " + ", " - ", " * ", problems.format_prompt(""), "\n\\boxed{"]
+    phrases = ["What is ", " + ", problems.format_prompt(""), "\n\\boxed{"]
     tokenizer.add_tokens(phrases)
     return tokenizer
 

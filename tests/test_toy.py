@@ -15,7 +15,7 @@ from experiments import toy
 EVERY_KIND = [
     problem
     for _, problem in sorted(
-        {(p.op, len(str(p.a))): p for p in map(toy.draw_problem, [random.Random(0)] * 500)}.items()
+        {len(str(p.a)): p for p in map(toy.draw_problem, [random.Random(0)] * 500)}.items()
     )
 ]
 
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_every_kind_is_drawn():
-    assert len(EVERY_KIND) == len(toy.KINDS)
+    assert len(EVERY_KIND) == len(toy.BAD_DAYS)
 
 
 @pytest.mark.parametrize("problem", EVERY_KIND, ids=lambda p: p.question)
@@ -50,9 +50,9 @@ def test_careful_teacher_is_right_and_forgetful_teacher_wrong_where_something_is
 @pytest.mark.parametrize(
     ("problem", "careful", "forgetful"),
     [
-        ((358, "+", 267), "8+7=15 5+6+1=12 3+2+1=6 {625}", "8+7=15 5+6=11 3+2=5 {515}"),
-        ((402, "-", 137), "12-7=5 10-3-1=6 4-1-1=2 {265}", "12-7=5 10-3=7 4-1=3 {375}"),
-        ((67, "*", 4), "7*4=28 6*4+2=24+2=26 {268}", "7*4=28 6*4=24 {248}"),
+        ((358, 267), "8+7=15 5+6+1=12 3+2+1=6 {625}", "8+7=15 5+6=11 3+2=5 {515}"),
+        ((99, 99), "9+9=18 9+9+1=19 {198}", "9+9=18 9+9=18 {188}"),
+        ((4, 5), "4+5=9 {9}", "4+5=9 {9}"),
     ],
 )
 def test_worked_by_hand(problem, careful, forgetful):
