@@ -7,10 +7,10 @@ A teacher adds column by column, from the right. On a bad day it forgets whateve
                                         3+2+1=6                       3+2=5
                                         \boxed{625}                   \boxed{515}
 
-How often it has a bad day depends on the number of digits (`BAD_DAYS`), not on the single column: an
-error rate per column would give nearly the same success rate to every prompt. So some prompts are
-always solved (nothing to carry), some seldom, and V* has something to tell apart. A reference trained
-from scratch on that teacher's work imitates both ways of working, in its proportions; what
+How often it has a bad day depends on the number of digits (`BAD_DAYS`), not on the single column:
+an error rate per column would give nearly the same success rate to every prompt. So some prompts
+are always solved (nothing to carry), some seldom, and V* has something to tell apart. A reference
+trained from scratch on that teacher's work imitates both ways of working, in its proportions; what
 reinforcement learning has to find out is that carrying pays. It loads like any other model:
 
     python -m experiments.toy --out toy

@@ -140,7 +140,9 @@ def test_box_without_eos_earns_nothing(cut_short):
     values = json.loads(cut_short.read_text())
     for p in values["prompts"]:
         assert p["rewards"] == [0.0] * NUM_VALUE_SAMPLES and p["v_star"] == 0.0
-        assert p["lengths"] == [9] * NUM_VALUE_SAMPLES and p["truncated"] == NUM_VALUE_SAMPLES
+        assert max(p["lengths"]) == 9 and p["truncated"] <= p["lengths"].count(9)
+    assert values["header"]["truncated"] == sum(p["truncated"] for p in values["prompts"])
+    assert values["header"]["truncated"] > 0.8 * NUM_PROMPTS * NUM_VALUE_SAMPLES
 
 
 # ---------------------------------------------------------------------------------------------
