@@ -114,7 +114,7 @@ def read_rows(path: Path) -> list:
             return datasets.Dataset.from_parquet(str(path)).to_list()
         text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is dropped
         if path.suffix == ".json":
-            return json.loads(text)
+            return list(json.loads(text))
         for number, line in enumerate(text.split("\n"), start=1):
             where = f"{path}, line {number}"
             rows += [json.loads(line)] if line.strip() else []
