@@ -441,7 +441,8 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         row += [logratio / tokens, length, cut, sum(norms) / len(norms), args.lr, gap / tokens]
         row += [*seconds, total, length * len(responses) / total, memory / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            mine = questions[rank // tp :: world // tp]
+            mine = questions[rank // tp :: world // tp]  # too long a prompt counts as wrong
+            mine = [q for q in mine if len(q["prompt_ids"]) <= args.max_prompt_tokens]
             mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
             dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
             row.append(sum(parts[::tp]) / len(questions))
