@@ -84,13 +84,13 @@ def table(benchmarks: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def report_ungradable(rows: list[dict]) -> None:
+def report_ungradable(name: str | Path, rows: list[dict]) -> None:
     """Say which answers cannot be graded; UserError if none can."""
     gradable, reasons = problems.split_gradable(rows)
     for key, reason in reasons.items():
         print(f"{key} counts as wrong, its answer is {reason}")
     if not gradable:
-        raise UserError("no answer can be graded")
+        raise UserError(f"{name}: no answer can be graded")
 
 
 def grade_file(path: Path) -> dict:
@@ -104,7 +104,7 @@ def grade_file(path: Path) -> dict:
         ):
             raise UserError(f"{path}, row {i + 1} has not an answer and an output: {row!r:.60}")
         rows[i] = {"id": f"row {i + 1}"} | defaults | row
-    report_ungradable(rows)
+    report_ungradable(path, rows)
     rewards = problems.grade([r["output"] for r in rows], [r["answer"] for r in rows])
     pairs = zip(rows, rewards, strict=True)
     return score([row | {"reward": reward * bool(row["finished"])} for row, reward in pairs])
@@ -114,12 +114,14 @@ def main() -> None:
     """Sample, grade, save, sum up."""
     args = parse_args()
     problems.check_numbers(args, "num_samples", "limit", "temperature")
+    if args.top_p > 1:
+        raise UserError(f"--top-p {args.top_p} is out of range")
     if args.grade:
         return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
     sets, out = {}, Path(args.out)
     for name in args.benchmarks.split(","):
         rows = problems.load_problems(name, "test")[: args.limit or None]
-        report_ungradable(rows)
+        report_ungradable(name, rows)
         sets[Path(name).stem if Path(name).suffix else name] = rows
     context = problems.context_length(args.model)
     problems.launch()

@@ -167,7 +167,7 @@ def packed_attention(
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         options = {"window_size": (-1, 0), "enable_gqa": True}
         return varlen_attn(q, k, v, *bounds, scale=scaling, **options)[None], None
-    # No such kernel on the CPU: pad, for the attention alone, at the end, where no causal mask looks.
+    # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
     real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
     padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
     for empty, x in zip(padded, (q, k, v), strict=True):

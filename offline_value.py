@@ -42,16 +42,16 @@ def parse_args() -> argparse.Namespace:
 def check(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     """Check arguments and files before anything starts; the problems, and {id: why dropped}."""
     problems.check_numbers(args, "limit")
-    if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
-        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder")
     rows = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows, ungradable = problems.split_gradable(rows)
     if not rows:
         raise UserError(
-            f"{args.dataset}: no answer can be graded, {next(iter(ungradable.items()))}"
+            f"{args.dataset}: no answer can be graded: {next(iter(ungradable.items()))}"
         )
+    if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
+        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
     return rows, ungradable
 
 
@@ -65,7 +65,7 @@ def summary(header: dict, prompts: list[dict]) -> str:
     lines = [f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
              f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
              "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
-             f"grading {header['grading']}; prompts by how many of {n} samples are right:"]  # fmt: skip
+             f"grading {header['grading']}; prompts by samples that are right:"]  # fmt: skip
     top = max(right.values())
     return "\n".join(
         lines + [f"{k:>4} {right[k]:>6} {'#' * (50 * right[k] // top)}" for k in range(n + 1)]
@@ -80,6 +80,7 @@ def main() -> None:
     start = time.perf_counter()
     import torch
     import torch.distributed as dist
+    import vllm
 
     from losses import optimal_value
 
@@ -102,10 +103,8 @@ def main() -> None:
     if rank == 0:
         for prompt in prompts:
             samples = [drawn[prompt["id"], i] for i in range(n)]
-            prompt["rewards"], prompt["lengths"] = (
-                [r["reward"] for r in samples],
-                [r["tokens"] for r in samples],
-            )
+            prompt["rewards"] = [r["reward"] for r in samples]
+            prompt["lengths"] = [r["tokens"] for r in samples]
             prompt["truncated"] = sum(not r["finished"] for r in samples)
             del prompt["prompt_ids"]
         rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
@@ -113,7 +112,8 @@ def main() -> None:
         prompts = [p | {"v_star": v} for p, v in zip(prompts, v_star.tolist(), strict=True)]
         tokens, seconds = sum(sum(p["lengths"]) for p in prompts), time.perf_counter() - start
         header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        header |= {"versions": {m: version(m) for m in ("torch", "transformers", "math-verify")}}
+        names = ("torch", "transformers", "math-verify")
+        header["versions"] = {name: version(name) for name in names} | {"vllm": vllm.__version__}
         header |= {"dropped_long": len(rows) - len(prompts), "dropped_ungradable": len(ungradable)}
         header["truncated"] = sum(p["truncated"] for p in prompts)
         header |= {"mean_v_star": v_star.mean().item(), "grading": problems.grading_counts()}

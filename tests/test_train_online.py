@@ -202,7 +202,7 @@ def test_checkpoints_load_as_any_model_does(straight, model, dataset):
         assert AutoTokenizer.from_pretrained(saved)("a").input_ids == [
             *AutoTokenizer.from_pretrained(model)("a").input_ids
         ]
-        assert moved(saved, model).norm() > 0.1, "it has learned"
+        assert moved(saved, model).norm() > 0.05, "it has learned"
     last = read_weights(folder / "checkpoints" / "step-8")
     assert all(torch.equal(last[k], v) for k, v in read_weights(folder / "final").items())
     config = json.loads((folder / "config.json").read_text())
