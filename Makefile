@@ -29,7 +29,7 @@ demo: $(ENVIRONMENT)
 	    --seed $(SEED) --out toy/values.json
 	$(RUN) evaluate.py --model toy/reference --benchmarks toy/test.jsonl --num-samples 8 \
 	    --max-tokens 128 --seed $(SEED) --out toy/before
-	$(RUN) train_online.py --values toy/values.json --lr 2e-4 --batch-size 128 --num-steps 50 \
+	$(RUN) train_online.py --values toy/values.json --lr 1e-4 --batch-size 128 --num-steps 50 \
 	    --save-every 20 --eval-dataset toy/test.jsonl --eval-every 5 --seed $(SEED) --out toy/run
 	$(RUN) evaluate.py --model toy/run/final --benchmarks toy/test.jsonl --num-samples 8 \
 	    --max-tokens 128 --seed $(SEED) --out toy/after
