@@ -113,7 +113,7 @@ def grade_file(path: Path) -> dict:
 def main() -> None:
     """Sample, grade, save, sum up."""
     args = parse_args()
-    problems.check_numbers(args, "num_samples", "limit", "temperature")
+    problems.check_args(args, "num_samples", "limit", "temperature")
     if args.top_p > 1:
         raise UserError(f"--top-p {args.top_p} is out of range")
     if args.grade:

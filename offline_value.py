@@ -41,17 +41,15 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     """Check arguments and files before anything starts; the problems, and {id: why dropped}."""
-    problems.check_numbers(args, "limit")
+    problems.check_args(args, "limit")
     if Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder")
     rows = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows, ungradable = problems.split_gradable(rows)
     if not rows:
-        raise UserError(
-            f"{args.dataset}: no answer can be graded: {next(iter(ungradable.items()))}"
-        )
-    if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
-        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
+        why = next(iter(ungradable.items()))
+        raise UserError(f"{args.dataset}: no answer can be graded: {why}")
+    problems.check_context(args)
     return rows, ungradable
 
 
@@ -90,32 +88,32 @@ def main() -> None:
         header, prompts = problems.read_values(out)
         problems.refuse_difference(f"{out} is finished, and", header, identity)
         return print(summary(header, prompts)) if rank == 0 else None
-    if rank == 0:
-        for key, reason in ungradable.items():
-            print(f"dropped {key}: its answer is {reason}")
+    for key, reason in ungradable.items() if rank == 0 else ():
+        print(f"dropped {key}: its answer is {reason}")
     llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, seed=args.seed)
     problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
-    prompts = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    if not prompts:
+    short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
+    if not short:
         raise UserError(f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}")
     wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    drawn = problems.sample_all(llm, prompts, n, out, identity, args, **wanted)
+    drawn = problems.sample_all(llm, short, n, out, identity, args, **wanted)
     if rank == 0:
-        for prompt in prompts:
-            samples = [drawn[prompt["id"], i] for i in range(n)]
-            prompt["rewards"] = [r["reward"] for r in samples]
-            prompt["lengths"] = [r["tokens"] for r in samples]
-            prompt["truncated"] = sum(not r["finished"] for r in samples)
-            del prompt["prompt_ids"]
-        rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
+        prompts = []
+        for row in short:
+            samples = [drawn[row["id"], i] for i in range(n)]
+            prompts.append({name: row[name] for name in ("id", "question", "prompt", "answer")})
+            prompts[-1]["rewards"] = [sample["reward"] for sample in samples]
+            prompts[-1]["lengths"] = [sample["tokens"] for sample in samples]
+            prompts[-1]["truncated"] = sum(not sample["finished"] for sample in samples)
+        rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = optimal_value(rewards, args.beta1)
         prompts = [p | {"v_star": v} for p, v in zip(prompts, v_star.tolist(), strict=True)]
         tokens, seconds = sum(sum(p["lengths"]) for p in prompts), time.perf_counter() - start
         header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
         names = ("torch", "transformers", "math-verify")
         header["versions"] = {name: version(name) for name in names} | {"vllm": vllm.__version__}
-        header |= {"dropped_long": len(rows) - len(prompts), "dropped_ungradable": len(ungradable)}
-        header["truncated"] = sum(p["truncated"] for p in prompts)
+        header |= {"dropped_long": len(rows) - len(short), "dropped_ungradable": len(ungradable)}
+        header["truncated"] = sum(prompt["truncated"] for prompt in prompts)
         header |= {"mean_v_star": v_star.mean().item(), "grading": problems.grading_counts()}
         header["pass_at_1"] = (rewards > 0).double().mean().item()
         header["pass_at_n"] = (rewards > 0).any(dim=1).double().mean().item()

@@ -4,13 +4,13 @@ To train on another task, edit this file: add a row to `DATASETS` or change `rew
 is imported at the top, as the file is also run as a grading worker (section 4), several at a time.
 """
 
+import contextlib
 import ctypes
 import datetime
 import fcntl
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -33,6 +33,16 @@ from typing import Any, TextIO
 
 class UserError(ValueError):
     """A mistake of the user's, told in one sentence: `run` prints it and exits with code 2."""
+
+
+@contextlib.contextmanager
+def explain(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Tell whatever goes wrong inside in one sentence: what was tried, and the cause."""
+    try:
+        yield
+    except Exception as error:  # the hub, datasets and safetensors each raise a dozen types
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise kind(f"{what}: {cause}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,40 +74,36 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
     loaded is a UserError; an answer that cannot be graded is kept, for `split_gradable` to find.
     """
     path, keys = Path(name), [k for k in DATASETS if k[0] == name and serves in (None, k[1])]
+    ask, tell, problems = "question", "answer", {}
     if path.suffix in (".jsonl", ".json", ".parquet"):
-        rows, question_column, answer_column = read_rows(path), "question", "answer"
+        rows = read_rows(path)
     elif keys:
-        hub_id, config, split, question_column, answer_column = DATASETS[keys[0]]
+        hub_id, config, split, ask, tell = DATASETS[keys[0]]
         import datasets  # here and not above: it takes a second
 
-        try:
+        with explain(f"cannot load {name} from the hub ({hub_id})"):
             rows = datasets.load_dataset(hub_id, config, split=split)
-        except Exception as error:  # the hub raises a dozen types; what counts is the cause
-            raise UserError(
-                f"cannot load {name} from the hub ({hub_id}): {cause(error)}"
-            ) from error
     else:
         known = ", ".join(sorted({n for n, role in DATASETS if serves in (None, role)}))
         raise UserError(f"no dataset {name!r}: give a .jsonl, .json or .parquet file, or {known}")
-    problems = {}
     for number, row in enumerate(rows, start=1):
         where = f"{name}, row {number}"
-        if not isinstance(row, dict) or not row.keys() >= {question_column, answer_column}:
-            raise UserError(f"{where} lacks {question_column!r} or {answer_column!r}: {row!r:.80}")
-        question, answer = row[question_column], row[answer_column]
+        if not isinstance(row, dict) or not row.keys() >= {ask, tell}:
+            raise UserError(f"{where} lacks {ask!r} or {tell!r}: {row!r:.80}")
+        question, answer, key = row[ask], row[tell], f"{path.stem}/{number - 1}"
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}: the question is not a text: {question!r:.60}")
-        question = question.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
-        if answer_column == "solution":
+        if tell == "solution":
             answer = last_box(str(answer))
+        elif tell == "final_answer":  # OlympiadBench: a list of one
+            answer = answer[0] if answer else None
         elif name == "gsm8k":
             answer = str(answer).split("####")[-1].strip()
-        elif answer_column == "final_answer":  # OlympiadBench: a list of one
-            answer = answer[0] if answer else None
-        key = row.get("id") if path.suffix else None
-        key = f"{path.stem}/{number - 1}" if key is None else str(key)
+        if path.suffix and row.get("id") is not None:
+            key = str(row["id"])
         if key in problems:
             raise UserError(f"{where}: its id {key!r} is also that of a row before it")
+        question = question.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
         problems[key] = {"id": key, "question": question, "answer": answer}
     if not problems:
         raise UserError(f"{name} has no rows")
@@ -106,21 +112,18 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
 
 def read_rows(path: Path) -> list:
     """Read a local file's rows; UserError says what is wrong and where."""
-    rows, where = [], path
-    try:
+    with explain(f"cannot read {path}"):
         if path.suffix == ".parquet":
             import datasets
 
             return datasets.Dataset.from_parquet(str(path)).to_list()
-        text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is dropped
+        text, rows = path.read_text("utf-8-sig"), []  # -sig: a byte-order mark is dropped
         if path.suffix == ".json":
             return list(json.loads(text))
-        for number, line in enumerate(text.split("\n"), start=1):
-            where = f"{path}, line {number}"
+    for number, line in enumerate(text.split("\n"), start=1):
+        with explain(f"cannot read {path}, line {number}"):
             rows += [json.loads(line)] if line.strip() else []
-        return rows
-    except Exception as error:  # missing, unreadable, damaged: datasets raises a dozen types
-        raise UserError(f"cannot read {where}: {cause(error)}") from error
+    return rows
 
 
 def split_gradable(problems: list[dict]) -> tuple[list[dict], dict[str, str]]:
@@ -575,14 +578,14 @@ def _work() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a UserError becomes one sentence and exit code 2, a signal code 130 or 143."""
+    """Run a script; every end but success gets one sentence or a signal's code (README, exits)."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (UserError, OSError) as error:  # a mistake, or a disk that is full or gone
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -629,6 +632,10 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     import torch
     from vllm import LLM
 
+    if torch.distributed.get_world_size() % args.tensor_parallel_size:
+        raise UserError(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not part the GPUs"
+        )
     gpu = torch.cuda.is_available()
     options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
     options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
@@ -641,36 +648,26 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
 
 
 def sample(
-    llm: Any, jobs: list[tuple[list[int], int, str]], stop: Callable[[], bool] = lambda: False,
-    sampled: Callable[[], None] = lambda: None, **params: Any,
-) -> Iterator[tuple[int, Any, float]]:  # fmt: skip
-    """Answer jobs (prompt token ids, seed, right answer); yields (place, completion, reward).
+    llm: Any, jobs: list[tuple[list[int], int, str]], stop: Any = (), **params: Any
+) -> Iterator[tuple[int, Any, Future]]:
+    """Answer jobs (prompt token ids, seed, right answer): (place, completion, future reward).
 
-    Grades run while other responses are sampled; `sampled` is called when only grades are awaited.
-    Without EOS the reward is 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
-    expectation under pi_ref itself.
+    Graders work beside the engine, on each response as it finishes. One without EOS is graded as
+    if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
+    expectation under pi_ref itself. Once `stop` is true the rest is abandoned.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, waiting, zero = llm.llm_engine, deque(), Future()
-    zero.set_result(0.0)
-    params["output_kind"] = RequestOutputKind.FINAL_ONLY
+    engine, params["output_kind"] = llm.llm_engine, RequestOutputKind.FINAL_ONLY
     for i, (prompt_ids, seed, _) in enumerate(jobs):
         request = {"prompt_token_ids": prompt_ids}
         engine.add_request(str(i), request, SamplingParams(**params, seed=seed))
-    while engine.has_unfinished_requests() and not stop():
+    while engine.has_unfinished_requests() and not stop:
         for output in engine.step():
-            i, completion = int(output.request_id), output.outputs[0]
-            finished = completion.finish_reason == "stop"
-            grade = submit(completion.text, jobs[i][2]) if finished else zero
-            waiting.append((i, completion, grade))
-        while waiting and waiting[0][2].done():
-            i, completion, grade = waiting.popleft()
-            yield i, completion, grade.result()
-    sampled()
-    for i, completion, grade in waiting:
-        yield i, completion, grade.result()
+            i, done = int(output.request_id), output.outputs[0]
+            text = done.text if done.finish_reason == "stop" else ""
+            yield i, done, submit(text, jobs[i][2])
 
 
 def sample_all(
@@ -684,22 +681,33 @@ def sample_all(
     from torch import distributed as dist
     from tqdm import tqdm
 
-    rank, tp = dist.get_rank(), args.tensor_parallel_size
+    rank, tp, waiting = dist.get_rank(), args.tensor_parallel_size, deque()
     partial, have = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in have]
     asked = asked[rank // tp :: dist.get_world_size() // tp]
     seeds = [response_seed(args.seed, 0, row["id"], i) for row, i in asked]
     jobs = [(r["prompt_ids"], seed, r["answer"]) for (r, _), seed in zip(asked, seeds, strict=True)]
-    records = ({"id": asked[place][0]["id"], "sample": asked[place][1], "reward": reward,
-                "output": out.text, "tokens": len(out.token_ids),
-                "finished": out.finish_reason == "stop"}
-               for place, out, reward in sample(llm, jobs, **params))  # fmt: skip
-    bar = tqdm(records, total=len(jobs), unit=" responses", disable=rank > 0)
-    for record in itertools.chain([{"identity": identity}], bar):
-        if rank % tp == 0:  # the others of the group draw the same
-            text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
+
+    def write(record: dict) -> None:
+        text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
+        with explain(f"cannot write {partial.name}", OSError):
             print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
+
+    def write_graded(all_of_them: bool) -> None:
+        while waiting and (all_of_them or waiting[0][2].done()):
+            place, done, reward = waiting.popleft()
+            (row, i), finished = asked[place], done.finish_reason == "stop"
+            record = {"id": row["id"], "sample": i, "output": done.text, "reward": reward.result()}
+            write(record | {"tokens": len(done.token_ids), "finished": finished})
+
+    write({"identity": identity})
+    bar = tqdm(sample(llm, jobs, **params), total=len(jobs), unit=" responses", disable=rank > 0)
+    for draw in bar:
+        if rank % tp == 0:  # the others of the group draw the same
+            waiting.append(draw)
+            write_graded(all_of_them=False)
+    write_graded(all_of_them=True)
     dist.barrier()
     return read_partial(out, identity)
 
@@ -722,13 +730,18 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
 
 
-def check_numbers(args: Any, *may_be_zero: str) -> None:
-    """Raise UserError for an argument that should be > 0 (or >= 0) and is not."""
+def check_args(args: Any, *may_be_zero: str) -> None:
+    """Raise UserError for a number out of range, or for an --out that cannot be written."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             infinite = value == math.inf and name != "beta1"
             if infinite or not (value > 0 or (value == 0 and name in may_be_zero)):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+    there = next(
+        path for path in [Path(args.out), *Path(args.out).absolute().parents] if path.exists()
+    )
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {args.out}: {there} cannot be written")
 
 
 def model_folder(model: str) -> Path:
@@ -737,11 +750,9 @@ def model_folder(model: str) -> Path:
     if not folder.is_dir():
         import huggingface_hub
 
-        try:
-            wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        with explain(f"no model {model}, here or on the hub"):
             folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
-        except Exception as error:  # as for the datasets
-            raise UserError(f"no model {model}, here or on the hub: {cause(error)}") from error
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} is no model: it wants config.json and *.safetensors files")
     return folder
@@ -752,25 +763,33 @@ def context_length(model: str) -> float:
     return read_json(model_folder(model) / "config.json").get("max_position_embeddings", math.inf)
 
 
+def check_context(args: Any) -> None:
+    """Raise UserError if a prompt and a response may be longer than the model can read."""
+    if args.max_prompt_tokens + args.max_tokens > context_length(args.model):
+        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file of ours; UserError if it is missing or damaged."""
-    try:
+    with explain(f"cannot read {path}"):
         return json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {cause(error)}") from error
 
 
-def read_values(path: str) -> tuple[dict, list[dict]]:
+def read_values(path: str | Path) -> tuple[dict, list[dict]]:
     """Read the header and prompts that stage 1 wrote; UserError unless they are as it left them."""
     values = read_json(path)
-    try:
+    with explain(f"{path} is no values file of stage 1"):
         header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{path} is no values file of stage 1: no {error}") from error
     if sha256 != (now := content_sha256(values)):
         how = f"if you edited it, set its sha256 to {now}, else run stage 1 again"
         raise UserError(f"{path} is not as stage 1 wrote it: {how}")
     return header, prompts
+
+
+def content_sha256(document: dict) -> str:
+    """Hash a document, but for the sha256 in its own header."""
+    header = {k: v for k, v in document.get("header", {}).items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(document | {"header": header}).encode()).hexdigest()
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
@@ -794,12 +813,6 @@ def identify(args: Any, *free: str) -> dict:
     return {name: value for name, value in vars(args).items() if name not in free} | identity
 
 
-def content_sha256(document: dict) -> str:
-    """Hash a document, but for the sha256 in its own header."""
-    header = {k: v for k, v in document.get("header", {}).items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(document | {"header": header}).encode()).hexdigest()
-
-
 def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
     """Raise UserError naming each field of `wanted` in which `saved` differs."""
     differ = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in wanted.items() if saved.get(k) != v]
@@ -810,7 +823,7 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all, and drop the partial files that it replaces."""
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    with explain(f"cannot write {path}", OSError), open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -821,18 +834,11 @@ def write_whole(path: Path, text: str) -> None:
 
 def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
-    try:
+    with explain(f"cannot take {path} (is another run writing it?)"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
-
-
-def cause(error: Exception) -> str:
-    """First line of what an exception says, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--grade-worker"]:

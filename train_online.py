@@ -1,14 +1,13 @@
 """Stage 2: train the policy by least squares on r - V*, one response per prompt.
 
-The loop of `train` is the algorithm box, 1 to 6. There is no critic, group, importance ratio,
-clipping or normalisation and, unlike in the published code, no entropy bonus (README, details).
+The loop of `train` is the algorithm box, 1 to 6; `least_squares` is its steps 4 and 5. There is no
+critic, group, importance ratio, clipping or normalisation (README, details).
 
     python train_online.py --values values/math.json --out runs/math     # all GPUs here, or the CPU
     torchrun --nnodes 2 --nproc-per-node 8 [...] train_online.py [...]   # several nodes
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -19,13 +18,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict
 from torch.nn.utils import clip_grad_norm_
 
 import losses
@@ -40,6 +41,7 @@ COLUMNS = """step:4 loss:.4f reward:.3f v_star:.3f adv:+.3f logratio:+8.3f kl_pe
 response_tokens:6.1f truncated:.3f grad_norm:.1e lr:.0e logprob_gap:.0e seconds_generate:.2f
 seconds_grade:.2f seconds_ref:.2f seconds_update:.2f seconds_sync:.2f seconds_total:.2f
 tokens_per_second:6.0f peak_gib:.1f eval_accuracy:.3f"""
+PHASES = ("generate", "grade", "ref", "update", "sync")
 STOP: list[int] = []  # the signal that asks the run to stop
 
 
@@ -81,17 +83,16 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 
     Fills in the arguments that default to the header's. UserError for the first mistake.
     """
-    problems.check_numbers(args)
+    problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
     header, prompts = problems.read_values(args.values)
-    for name in (name for name in FROM_HEADER if getattr(args, name) is None):
-        setattr(args, name, header[name])
-    same = {name: getattr(args, name) for name in FROM_HEADER}
-    same["prompt_template"] = problems.PROMPT_TEMPLATE
+    same = {"prompt_template": problems.PROMPT_TEMPLATE}
+    for name in FROM_HEADER:
+        same[name] = header[name] if getattr(args, name) is None else getattr(args, name)
+        setattr(args, name, same[name])
     problems.refuse_difference(args.values, header, same)
-    if args.max_prompt_tokens + args.max_tokens > problems.context_length(args.model):
-        raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
+    problems.check_context(args)
     if args.filter_unsolved:
         prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
     if len(prompts) < args.batch_size:
@@ -112,7 +113,6 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 class Response(NamedTuple):
     """One sampled response, as every rank knows it."""
 
-    place: int  # in what the engine was asked
     prompt: dict
     ids: list[int]  # EOS included
     sampler_logp: list[float]  # per token, the engine's
@@ -129,16 +129,18 @@ def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> lis
 
 
 def rollout(
-    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace, **options: Any
-) -> list[Response]:
-    """Sample and grade a response to each prompt asked."""
+    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace,
+    lap: Callable[[], None] = lambda: None, **options: Any,
+) -> list[Response]:  # fmt: skip
+    """Sample and grade a response to each prompt asked; `lap` is called when all are sampled."""
     jobs = [(p["prompt_ids"], seed, p["answer"]) for p, seed in zip(asked, seeds, strict=True)]
     options |= {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
-    responses = []
-    for i, out, reward in problems.sample(llm, jobs, stop=lambda: bool(STOP), **options):
-        ids, logp, finished = out.token_ids, out.logprobs.logprobs, out.finish_reason == "stop"
-        responses.append(Response(i, asked[i], list(ids), list(logp), finished, reward))
-    return sorted(responses)
+    drawn = sorted(problems.sample(llm, jobs, STOP, **options), key=lambda draw: draw[0])
+    lap()
+    return [
+        Response(asked[i], list(out.token_ids), list(out.logprobs.logprobs),
+                 out.finish_reason == "stop", reward.result()) for i, out, reward in drawn
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,21 +162,25 @@ class Policy(torch.nn.Module):
 
 
 def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = False) -> Policy:
-    """Load a model in `dtype` and shard it over `mesh`, layer by layer and then the rest.
-
-    Computes in bf16 on GPUs and in float32 on the CPU; gradients are reduced in float32. UserError
-    for an architecture whose log-probs would come out wrong.
-    """
-    from torch.distributed import fsdp
+    """Load a model in `dtype` and shard it; UserError where ln pi would come out wrong."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("packed", losses.packed_attention)
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
+    with problems.explain(f"cannot load {folder}"):
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
     odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
     sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
     if odd or sliding or lm.get_output_embeddings().bias is not None:
         raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
-    policy, compute = Policy(lm), torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
+    compute = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
+    return shard(lm, mesh, compute, offload)
+
+
+def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = False) -> Policy:
+    """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
+    from torch.distributed import fsdp
+
+    policy = Policy(lm)
     options = {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
     options |= {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
     for module in [*lm.base_model.layers, policy]:
@@ -182,69 +188,55 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
     return policy.train()
 
 
-def gather(shards: Iterable, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather named shards one by one, cast before they travel; all ranks must iterate."""
-    for name, shard in shards:
-        yield name, shard.detach().to(dtype).full_tensor()
+def sync(llm: Any, policy: Policy) -> None:
+    """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    shards = policy.lm.state_dict().items()  # each is cast before it travels
+    weights = ((name, part.to(compute).full_tensor()) for name, part in shards)
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 
 # ---------------------------------------------------------------------------------------------
 # The run's folder: every file whole or absent
 
 
+WHOLE = state_dict.StateDictOptions(
+    full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True
+)
+
+
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
     """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
 
-    float32 weights and, under trainer/, Adam's moments; without an optimiser the finished model
+    float32 weights and, in trainer.pt, AdamW's state; without an optimiser the finished model
     alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
     Written beside, hashed into manifest.json, flushed, renamed.
     """
-    from safetensors.torch import save_file
-
-    beside, first = folder.with_name(f".{folder.name}.tmp"), dist.get_rank() == 0
+    beside = folder.with_name(f".{folder.name}.tmp")
     dtype = torch.float32 if optimizer or not torch.cuda.is_available() else torch.bfloat16
-    weights = dict(policy.lm.named_parameters())  # a head tied to the embedding is there once
-    parts = {"model.safetensors": weights.items()}
-    if optimizer:
-        keys = itertools.product(("exp_avg", "exp_avg_sq"), weights.items())
-        moments = ((f"{key}.{name}", optimizer.state[weight][key]) for key, (name, weight) in keys)
-        parts["trainer/adam.safetensors"] = moments
-    if first:
-        shutil.rmtree(beside, ignore_errors=True)
-        skip = shutil.ignore_patterns(
-            "*.safetensors*", "*.bin*", "*.pt*", "manifest.json", "trainer"
-        )
-        shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
-        (beside / "trainer").mkdir()
-        config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
-        problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
-    for name, shards in parts.items():
-        tensors = {k: v.cpu() for k, v in gather(shards, dtype) if first}
-        if first:
-            save_file(tensors, beside / name, metadata={"format": "pt"})
-    if first:
-        manifest = {"step": step, "sha256": problems.folder_hashes(beside)}
-        problems.write_whole(beside / "manifest.json", json.dumps(manifest, indent=2))
-        os.sync()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-        for old in step_folders(folder.parent)[args.keep_checkpoints :]:
-            shutil.rmtree(old)
+    shards = policy.lm.named_parameters()  # a head tied to the embedding is there once
+    whole = ((name, p.detach().to(dtype).full_tensor()) for name, p in shards)
+    weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
+    get_state = state_dict.get_optimizer_state_dict
+    state = optimizer and get_state(policy, optimizer, options=WHOLE)
+    if dist.get_rank() == 0:
+        with problems.explain(f"cannot write {folder}", OSError):
+            shutil.rmtree(beside, ignore_errors=True)
+            skip = shutil.ignore_patterns("*.safetensors*", "*.bin", "*.pt", "manifest.json")
+            shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
+            config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
+            problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
+            save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
+            if state:
+                torch.save(state, beside / "trainer.pt")
+            manifest = {"step": step, "sha256": problems.folder_hashes(beside)}
+            problems.write_whole(beside / "manifest.json", json.dumps(manifest, indent=2))
+            os.sync()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
+            for old in step_folders(folder.parent)[args.keep_checkpoints :]:
+                shutil.rmtree(old)
     dist.barrier()
-
-
-def load_adam(file: Path, num_updates: int, policy: Policy, optimizer: Any) -> None:
-    """Restore AdamW's state from a checkpoint, whatever number of ranks wrote it."""
-    from safetensors import safe_open
-    from torch.distributed.tensor import distribute_tensor
-
-    with safe_open(file, "pt") as saved:
-        for name, p in policy.lm.named_parameters():
-            state = {"step": torch.tensor(float(num_updates), device=p.device)}
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = saved.get_tensor(f"{key}.{name}").to(p.device)
-                state[key] = distribute_tensor(moment, p.device_mesh, p.placements)
-            optimizer.state[p] = state
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -288,36 +280,74 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
 # The algorithm
 
 
-def on_signal(number: int, frame: Any) -> None:
-    """Ask the run to save its last finished step and stop; at the second signal, leave at once."""
-    if STOP:
-        os._exit(128 + number)
-    STOP.append(number)
-
-
 def micro_batches(update: list[Response], args: argparse.Namespace, device: Any) -> list:
     """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
     lengths = [len(r.prompt["prompt_ids"]) + len(r.ids) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
-    tensor = functools.partial(torch.tensor, device=device)
     for hand in hands[dist.get_rank()]:
         chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
         prompts, responses = [r.prompt["prompt_ids"] for r in chosen], [r.ids for r in chosen]
         batch = SimpleNamespace(share=len(hand) / len(update))
         batch.inputs, batch.lengths = losses.pack(prompts, responses, device)
-        batch.rewards = tensor([r.reward for r in chosen])
-        batch.v_star = tensor([r.prompt["v_star"] for r in chosen])
-        batch.sampler_logp = tensor([x for r in chosen for x in r.sampler_logp])
+        batch.inputs["temperature"] = args.temperature
+        batch.rewards = torch.tensor([r.reward for r in chosen], device=device)
+        batch.v_star = torch.tensor([r.prompt["v_star"] for r in chosen], device=device)
+        sampler_logp = list(itertools.chain(*(r.sampler_logp for r in chosen)))
+        batch.sampler_logp = torch.tensor(sampler_logp, device=device)
         batches.append(batch)
     return batches
 
 
-def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
-    """Run A*-PO on this rank."""
+def least_squares(
+    policy: Policy, ref: Policy, optimizer: Any, responses: list[Response],
+    args: argparse.Namespace, lap: Callable[[], None],
+) -> dict[str, float]:  # fmt: skip
+    """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
+
+    `logratio`, `kl_per_token` and `logprob_gap` are told of the first update, before it moves the
+    weights: there pi is still the policy that sampled.
+    """
+    # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
+    device, size = next(policy.parameters()).device, len(responses) // args.updates_per_batch
+    updates = [responses[i : i + size] for i in range(0, len(responses), size)]
+    updates = [micro_batches(update, args, device) for update in updates]
+    with torch.no_grad():
+        for batch in itertools.chain(*updates):
+            batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
+    ref.reshard()
+    lap()
+    # 5. least squares
+    sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
+    for number, update in enumerate(updates):
+        for batch in update:
+            token_logp = policy(**batch.inputs)
+            logp = losses.sequence_logprob(token_logp, batch.lengths)
+            goal = (batch.ref_logp, batch.rewards, batch.v_star, args.beta2)
+            loss = losses.a_star_po_loss(logp, *goal)
+            # FSDP takes the mean over the ranks
+            (loss * batch.share * dist.get_world_size()).backward()
+            sums[0] += loss.detach() * batch.share / len(updates)
+            if number == 0 and batch.share:
+                sums[1] += (logp - batch.ref_logp).detach().sum()
+                sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
+                sums[3] += len(token_logp)
+        norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor())
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.all_reduce(sums)
+    loss, logratio, gap, tokens = sums.tolist()
+    told = {"loss": loss, "logratio": logratio / size, "kl_per_token": logratio / tokens}
+    return told | {"logprob_gap": gap / tokens, "grad_norm": torch.stack(norms).mean().item()}
+
+
+def train(
+    args: argparse.Namespace, header: dict, prompts: list[dict], learn: Callable = least_squares
+) -> None:
+    """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first lets the last step be saved
+        signal.signal(number, lambda n, frame: os._exit(128 + n) if STOP else STOP.append(n))
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
     on_gpu, out = torch.cuda.is_available(), Path(args.out)
     nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # read here: the engine overwrites it
@@ -333,10 +363,8 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
     device, compute = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     # Shard inside a node, replicate across them.
-    shape, names = (
-        ((nodes, world // nodes), ("replicate", "shard")) if nodes > 1 else ((world,), None)
-    )
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    shape = (nodes, world // nodes) if nodes > 1 else (world,)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)
@@ -346,29 +374,21 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
     adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
     if done:
-        load_adam(
-            start / "trainer/adam.safetensors", done * args.updates_per_batch, policy, optimizer
-        )
+        # a pickle, of which whole_step has seen that it is ours, and of tensors alone
+        state = torch.load(start / "trainer.pt", weights_only=True) if rank == 0 else {}
+        state_dict.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
+        sync(llm, policy)  # the engine holds the reference
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
     rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
     v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
     prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
 
-    def sync() -> None:
-        if on_gpu:
-            torch.cuda.empty_cache()
-        weights = gather(policy.lm.state_dict().items(), compute)
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if on_gpu:
-            llm.wake_up(tags=["kv_cache"])
-
     def lap() -> None:
         if on_gpu:
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
 
-    sync()  # the engine of a resumed run holds the reference
     saved, stops = done, []
     for step in range(done + 1, args.num_steps + 1):
         clock = [time.perf_counter()]
@@ -379,78 +399,53 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict]) -> None:
         # 2. y ~ pi_t(.|x), the engines sharing the work, and 3. r(x, y), beside it
         mine = asked[rank // tp :: world // tp]
         seeds = [problems.response_seed(args.seed, step, p["id"], n) for p, n in mine]
-        options = {"temperature": args.temperature, "sampled": lap}
-        mine = rollout(llm, [p for p, _ in mine], seeds, args, **options)
+        mine = rollout(llm, [p for p, _ in mine], seeds, args, lap, temperature=args.temperature)
         dist.all_gather_object(everyone := [None] * world, (STOP, mine))
         if stops := [number for stop, _ in everyone for number in stop]:
             break  # the unfinished step is abandoned
         parts = [part for _, part in everyone[::tp]]
         responses = [r for row in itertools.zip_longest(*parts) for r in row if r]  # as asked
+        random.Random(f"{args.seed}/{step}").shuffle(responses)
         if on_gpu:  # the engine's KV cache makes room for the trainer
             llm.sleep(level=0)
             llm.release_kv_cache_memory()
         lap()
 
-        # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
-        random.Random(f"{args.seed}/{step}").shuffle(responses)
-        size = len(responses) // args.updates_per_batch
-        updates = [responses[i : i + size] for i in range(0, len(responses), size)]
-        updates = [micro_batches(update, args, device) for update in updates]
-        with torch.no_grad():
-            for batch in itertools.chain(*updates):
-                token_logp = ref(temperature=args.temperature, **batch.inputs)
-                batch.ref_logp = losses.sequence_logprob(token_logp, batch.lengths)
-        ref.reshard()
-        lap()
-
-        # 5. descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2
-        sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
-        for number, update in enumerate(updates):
-            for batch in update:
-                token_logp = policy(temperature=args.temperature, **batch.inputs)
-                logp = losses.sequence_logprob(token_logp, batch.lengths)
-                goal = (batch.ref_logp, batch.rewards, batch.v_star, args.beta2)
-                loss = losses.a_star_po_loss(logp, *goal)
-                (loss * batch.share * world).backward()  # FSDP takes the mean over the ranks
-                sums[0] += loss.detach() * batch.share
-                if number == 0 and batch.share:  # still pi_t, which sampled: on-policy
-                    sums[1] += (logp - batch.ref_logp).detach().sum()
-                    sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
-                    sums[3] += len(token_logp)
-            norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item())
-            if not math.isfinite(norms[-1]):
-                sys.exit(
-                    f"error: step {step}: the gradient is {norms[-1]}; {saved} steps are saved"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+        # 4. ln pi_ref(y|x) and 5. least squares
+        told = learn(policy, ref, optimizer, responses, args, lap)
+        if not math.isfinite(told["loss"] + told["grad_norm"]):
+            what = f"the loss is {told['loss']}, its gradient's norm {told['grad_norm']}"
+            raise ArithmeticError(f"step {step}: {what}; {saved} steps are saved")
         lap()
 
         # 6. pi_t+1 into the engine
-        sync()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        sync(llm, policy)
+        if on_gpu:
+            llm.wake_up(tags=["kv_cache"])
         lap()
 
-        dist.all_reduce(sums)
-        loss, logratio, gap, tokens = sums.tolist()
         of_each = [[r.reward, r.prompt["v_star"], len(r.ids), not r.finished] for r in responses]
         reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
-        seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
+        told |= {"step": step, "reward": reward, "v_star": v_star, "adv": reward - v_star}
+        told |= {"response_tokens": length, "truncated": cut, "lr": args.lr}
+        total = clock[-1] - clock[0]
+        for phase, (a, b) in zip(PHASES, itertools.pairwise(clock), strict=True):
+            told[f"seconds_{phase}"] = b - a
+        told |= {"seconds_total": total, "tokens_per_second": length * len(responses) / total}
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory = torch.cuda.max_memory_allocated() if on_gpu else memory
-        row = [step, loss / len(updates), reward, v_star, reward - v_star, logratio / size]
-        row += [logratio / tokens, length, cut, sum(norms) / len(norms), args.lr, gap / tokens]
-        row += [*seconds, total, length * len(responses) / total, memory / 2**30]
+        told["peak_gib"] = (torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
             mine = questions[rank // tp :: world // tp]  # too long a prompt counts as wrong
             mine = [q for q in mine if len(q["prompt_ids"]) <= args.max_prompt_tokens]
             mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
             dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
-            row.append(sum(parts[::tp]) / len(questions))
+            told["eval_accuracy"] = sum(parts[::tp]) / len(questions)
         if rank == 0:
-            columns = [column.split(":") for column in COLUMNS.split()][: len(row)]
-            print(*(f"{name} {x:{spec}}" for (name, spec), x in zip(columns, row, strict=True)))
-            named = {name: x for (name, _), x in zip(columns, row, strict=True)}
-            print(json.dumps(named), file=metrics, flush=True)
+            columns = [c.split(":") for c in COLUMNS.split() if c.split(":")[0] in told]
+            print(*(f"{name} {told[name]:{spec}}" for name, spec in columns))
+            print(json.dumps({name: told[name] for name, _ in columns}), file=metrics, flush=True)
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step

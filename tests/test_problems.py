@@ -277,14 +277,16 @@ def test_differences_are_named_with_both_values():
 @pytest.mark.parametrize("value", [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf])
 def test_numbers_out_of_range(value):
     with pytest.raises(UserError, match="--batch-size"):
-        problems.check_numbers(SimpleNamespace(batch_size=value))
-    problems.check_numbers(SimpleNamespace(batch_size=1, seed=-1, name="", flag=False, none=None))
+        problems.check_args(SimpleNamespace(out="o", batch_size=value))
+    problems.check_args(
+        SimpleNamespace(out="o", batch_size=1, seed=-1, name="", flag=False, none=None)
+    )
 
 
 def test_beta1_may_be_infinite_and_named_flags_zero():
-    problems.check_numbers(SimpleNamespace(beta1=math.inf, limit=0), "limit")
+    problems.check_args(SimpleNamespace(out="o", beta1=math.inf, limit=0), "limit")
     with pytest.raises(UserError, match="--limit -1"):
-        problems.check_numbers(SimpleNamespace(limit=-1), "limit")
+        problems.check_args(SimpleNamespace(out="o", limit=-1), "limit")
 
 
 def test_nothing_heavy_is_imported_at_the_top():
