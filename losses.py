@@ -14,13 +14,15 @@ Axes: P prompts, N responses per prompt, B sequences, T tokens of all sequences 
 response tokens, D hidden size, V vocabulary.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 
 def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
@@ -31,10 +33,9 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     overflow, and at a large beta1 the logarithm of nearly 1 keeps its digits. Floating rewards keep
     their dtype, others give float32. Raises ValueError unless beta1 > 0 and N >= 1.
     """
-    if not beta1 > 0:
-        raise ValueError(f"beta1 must be > 0 (inf is the mean reward), not {beta1}")
-    if rewards.ndim != 2 or rewards.shape[1] == 0:
-        raise ValueError(f"rewards must be (P, N) with N >= 1, not {tuple(rewards.shape)}")
+    if not beta1 > 0 or rewards.ndim != 2 or rewards.shape[1] == 0:
+        shape = tuple(rewards.shape)
+        raise ValueError(f"need beta1 > 0 (inf: the mean) and rewards (P, N), not {beta1}, {shape}")
     r, v_star = rewards.double(), rewards.double().mean(dim=1)
     if beta1 < math.inf:
         best = r.amax(dim=1, keepdim=True)
@@ -47,54 +48,37 @@ def token_logprob(
 ) -> Tensor:
     """ln softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,).
 
-    `chunk` rows at a time, so that (R, V) logits never stand in memory, forward or backward: at
-    V = 151,936 one float32 copy for 16,384 tokens would be 9.3 GiB. Float32 logits and result also
-    for bf16 inputs, since logits with the 8 bits of bf16 are off by up to 0.2 % of their size.
+    `chunk` rows at a time, whose logits are computed again in backward, so that (R, V) never stands
+    in memory: at V = 151,936 one float32 copy for 16,384 tokens would be 9.3 GiB. Float32 logits
+    and result also for bf16 inputs, since the 8 bits of bf16 are off by up to 0.2 % of a logit.
     """
     shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
     if hidden.ndim != 2 or shapes[1][1:] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
         raise ValueError(f"need hidden (R, D), weight (V, D), targets (R,), not {shapes}")
-    return _TokenLogprob.apply(hidden, weight, targets, temperature, chunk)
+
+    def head(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = _Float32Product.apply(hidden, weight) / temperature
+        return -cross_entropy(logits, targets, reduction="none")
+
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(head, *part, use_reentrant=False) for part in parts])
 
 
-class _TokenLogprob(torch.autograd.Function):
-    """Keeps each token's log normaliser; backward computes the logits of a chunk once more."""
+class _Float32Product(torch.autograd.Function):
+    """hidden weight^T, (R, D), (V, D) -> (R, V) float32; bf16 operands keep their fast kernels."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        log_z = torch.empty_like(logp)
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            logits = _mm_float32(hidden[rows], weight.t()).div_(temperature)
-            log_z[rows] = logits.logsumexp(dim=1)
-            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_z[rows]
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logp
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return hidden.float() @ weight.float().t()
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(targets), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            scale = grad[rows, None] / ctx.temperature
-            # d logp / d logits = (onehot(target) - softmax) / temperature, all in one buffer
-            d_logits = _mm_float32(hidden[rows], weight.t()).div_(ctx.temperature)
-            d_logits.sub_(log_z[rows, None]).exp_().mul_(-scale)
-            d_logits = d_logits.scatter_add_(1, targets[rows, None], scale).to(hidden.dtype)
-            grad_hidden[rows] = d_logits @ weight
-            grad_weight += _mm_float32(d_logits.t(), hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
-
-
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product in float32; bf16 operands keep their fast kernel on a GPU."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        return grad @ weight, grad.t() @ hidden
 
 
 def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
@@ -137,18 +121,17 @@ def pack(
     (R,), the places whose hidden state predicts the response tokens `targets` (R,); and the
     responses' lengths (B,), on the CPU. A response's last token predicts nothing and is not fed.
     """
-    ids, positions, rows, bounds = [], [], [], [0]
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids += prompt + response[:-1]
-        bounds.append(len(ids))
-        positions += range(bounds[-1] - bounds[-2])
-        rows += range(bounds[-1] - len(response), bounds[-1])
-    inputs = {"input_ids": [ids], "position_ids": [positions], "rows": rows}
-    inputs["targets"] = list(itertools.chain(*responses))
-    inputs = {name: torch.tensor(x, device=device) for name, x in inputs.items()}
-    inputs["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32, device=device)
-    inputs["max_length_q"] = max(b - a for a, b in itertools.pairwise(bounds))
-    return inputs, torch.tensor([len(response) for response in responses])
+    whole = [x + y[:-1] for x, y in zip(prompts, responses, strict=True)]
+    bounds = [0, *itertools.accumulate(map(len, whole))]
+    ends = zip(bounds[1:], responses, strict=True)
+    tensor = functools.partial(torch.tensor, device=device)
+    inputs = {"input_ids": tensor([[token for ids in whole for token in ids]])}
+    inputs["position_ids"] = tensor([[i for ids in whole for i in range(len(ids))]])
+    inputs["rows"] = tensor([row for end, y in ends for row in range(end - len(y), end)])
+    inputs["targets"] = tensor([token for y in responses for token in y])
+    inputs["cu_seq_lens_q"] = tensor(bounds, dtype=torch.int32)
+    inputs["max_length_q"] = max(map(len, whole))
+    return inputs, torch.tensor([len(y) for y in responses])
 
 
 def packed_attention(

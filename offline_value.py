@@ -8,14 +8,12 @@ and started again with the same arguments, stage 1 samples only what is missing.
 """
 
 import argparse
-import json
 import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import problems
-from problems import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,41 +37,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
-    """Check arguments and files before anything starts; the problems, and {id: why dropped}."""
-    problems.check_args(args, "limit")
-    if Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a folder")
-    rows = problems.load_problems(args.dataset, "train")[: args.limit or None]
-    rows, ungradable = problems.split_gradable(rows)
-    if not rows:
-        why = next(iter(ungradable.items()))
-        raise UserError(f"{args.dataset}: no answer can be graded: {why}")
-    problems.check_context(args)
-    return rows, ungradable
-
-
-def summary(header: dict, prompts: list[dict]) -> str:
+def summary(header: dict, prompts: list[dict], **_: str) -> str:
     """Tell a person what the reference can do."""
-    n, p = header["num_value_samples"], len(prompts)
+    n, p, share = header["num_value_samples"], len(prompts), "{} {:.1%}".format
     right = Counter(sum(reward > 0 for reward in prompt["rewards"]) for prompt in prompts)
-    shares = {"pass@1": header["pass_at_1"], f"pass@{n}": header["pass_at_n"]}
-    shares |= {"all wrong": right[0] / p, "all right": right[n] / p}
-    shares |= {"truncated": header["truncated"] / p / n}
+    shares = [share("pass@1", header["pass_at_1"]), share(f"pass@{n}", header["pass_at_n"]),
+              share("all wrong", right[0] / p), share("all right", right[n] / p),
+              share("truncated", header["truncated"] / p / n)]  # fmt: skip
     lines = [f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
              f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
-             "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
-             f"grading {header['grading']}; prompts by samples that are right:"]  # fmt: skip
-    top = max(right.values())
-    return "\n".join(
-        lines + [f"{k:>4} {right[k]:>6} {'#' * (50 * right[k] // top)}" for k in range(n + 1)]
-    )
+             "  ".join(shares), f"grading {header['grading']}; right of {n}, prompts:"]  # fmt: skip
+    bars = {k: "#" * (50 * right[k] // max(right.values())) for k in range(n + 1)}
+    return "\n".join(lines + [f"{k:>4} {right[k]:>6} {bar}" for k, bar in bars.items()])
 
 
 def main() -> None:
     """Sample, grade, save."""
     args = parse_args()
-    rows, ungradable = check(args)
+    problems.check_args(args, "limit")
+    if Path(args.out).is_dir():
+        raise problems.UserError(f"--out {args.out} is a folder")
+    every = problems.load_problems(args.dataset, "train")[: args.limit or None]
+    rows = problems.split_gradable(args.dataset, every, "is dropped")
+    problems.check_context(args)
     problems.launch()
     start = time.perf_counter()
     import torch
@@ -85,40 +71,38 @@ def main() -> None:
     rank, out, n = dist.get_rank(), Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if out.exists():
-        header, prompts = problems.read_values(out)
-        problems.refuse_difference(f"{out} is finished, and", header, identity)
-        return print(summary(header, prompts)) if rank == 0 else None
-    for key, reason in ungradable.items() if rank == 0 else ():
-        print(f"dropped {key}: its answer is {reason}")
+        values = problems.read_json(out, "header", "prompts", "sha256")
+        problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
+        return print(summary(**values)) if rank == 0 else None
     llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, seed=args.seed)
     problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
     short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     if not short:
-        raise UserError(f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}")
-    wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    drawn = problems.sample_all(llm, short, n, out, identity, args, **wanted)
+        what = f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}"
+        raise problems.UserError(what)
+    drawn = problems.sample_all(llm, short, n, out, identity, args, temperature=args.temperature)
     if rank == 0:
         prompts = []
-        for row in short:
-            samples = [drawn[row["id"], i] for i in range(n)]
-            prompts.append({name: row[name] for name in ("id", "question", "prompt", "answer")})
-            prompts[-1]["rewards"] = [sample["reward"] for sample in samples]
-            prompts[-1]["lengths"] = [sample["tokens"] for sample in samples]
-            prompts[-1]["truncated"] = sum(not sample["finished"] for sample in samples)
+        for i, row in enumerate(short):
+            samples = drawn[i * n : (i + 1) * n]
+            prompt = {name: row[name] for name in ("id", "question", "prompt", "answer")}
+            prompt |= {"rewards": [s["reward"] for s in samples]}
+            prompt |= {"lengths": [s["tokens"] for s in samples]}
+            prompts.append(prompt | {"truncated": sum(not s["finished"] for s in samples)})
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
-        v_star = optimal_value(rewards, args.beta1)
+        v_star, seconds = optimal_value(rewards, args.beta1), time.perf_counter() - start
         prompts = [p | {"v_star": v} for p, v in zip(prompts, v_star.tolist(), strict=True)]
-        tokens, seconds = sum(sum(p["lengths"]) for p in prompts), time.perf_counter() - start
+        tokens = sum(sum(p["lengths"]) for p in prompts)
         header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        names = ("torch", "transformers", "math-verify")
-        header["versions"] = {name: version(name) for name in names} | {"vllm": vllm.__version__}
-        header |= {"dropped_long": len(rows) - len(short), "dropped_ungradable": len(ungradable)}
-        header["truncated"] = sum(prompt["truncated"] for prompt in prompts)
+        versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
+        header |= {"versions": versions | {"vllm": vllm.__version__}}
+        header |= {"dropped_long": len(rows) - len(short)}
+        header |= {"dropped_ungradable": len(every) - len(rows)}
+        header |= {"truncated": sum(prompt["truncated"] for prompt in prompts)}
         header |= {"mean_v_star": v_star.mean().item(), "grading": problems.grading_counts()}
-        header["pass_at_1"] = (rewards > 0).double().mean().item()
-        header["pass_at_n"] = (rewards > 0).any(dim=1).double().mean().item()
-        header["sha256"] = problems.content_sha256({"header": header, "prompts": prompts})
-        problems.write_whole(out, json.dumps({"header": header, "prompts": prompts}))
+        header |= {"pass_at_1": (rewards > 0).double().mean().item()}
+        header |= {"pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}
+        problems.write_json(out, {"header": header, "prompts": prompts})
         print(summary(header, prompts))
     dist.barrier()
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -126,15 +127,21 @@ def read_rows(path: Path) -> list:
     return rows
 
 
-def split_gradable(problems: list[dict]) -> tuple[list[dict], dict[str, str]]:
-    """Part the problems that can be graded, answers made texts, from {id: reason} of the others."""
-    gradable, reasons = [], {}
-    for problem in problems:
+def split_gradable(name: str | Path, rows: list[dict], fate: str) -> list[dict]:
+    """Take the rows that can be graded, answers made texts, and print the others' ids and reasons.
+
+    `fate` is what becomes of the others ("is dropped"). UserError if no row can be graded.
+    """
+    gradable = []
+    for row in rows:
         try:
-            gradable.append(problem | {"answer": check_answer(problem["answer"])})
+            gradable.append(row | {"answer": check_answer(row["answer"])})
         except ValueError as error:
-            reasons[problem["id"]] = str(error)
-    return gradable, reasons
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{row['id']} {fate}: its answer is {error}")
+    if not gradable:
+        raise UserError(f"{name}: no answer can be graded")
+    return gradable
 
 
 # ---------------------------------------------------------------------------------------------
@@ -578,12 +585,12 @@ def _work() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; every end but success gets one sentence or a signal's code (README, exits)."""
+    """Run a script: exit code 2 and a sentence for a user's mistake, 1 for what broke."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except (UserError, OSError) as error:  # a mistake, or a disk that is full or gone
-        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
+    except (UserError, OSError, ArithmeticError) as error:  # a full disk, a loss that is NaN
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
@@ -603,8 +610,7 @@ def launch() -> None:
         os.environ.setdefault(*setting.split("="))
     import torch
     from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import api, errors
 
     gpus = torch.cuda.device_count()
     if "RANK" in os.environ:
@@ -613,10 +619,10 @@ def launch() -> None:
         try:
             command = ["--standalone", f"--nproc-per-node={gpus}", *sys.argv]
             sys.exit(torchrun.run(torchrun.parse_args(command)))
-        except ChildFailedError as error:
+        except errors.ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             sys.exit(code if code in (2, 130, 143) else 1)
-        except SignalException as error:
+        except api.SignalException as error:
             sys.exit(128 + error.sigval)
     else:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -632,48 +638,53 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     import torch
     from vllm import LLM
 
-    if torch.distributed.get_world_size() % args.tensor_parallel_size:
-        raise UserError(
-            f"--tensor-parallel-size {args.tensor_parallel_size} does not part the GPUs"
-        )
-    gpu = torch.cuda.is_available()
+    gpu, tp = torch.cuda.is_available(), args.tensor_parallel_size
+    if torch.distributed.get_world_size() % tp:
+        raise UserError(f"--tensor-parallel-size {tp} does not part the GPUs evenly")
     options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
     options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
     options |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 logits would blur pi itself
-    options |= {"tensor_parallel_size": args.tensor_parallel_size}
-    options |= {"gpu_memory_utilization": args.gpu_memory_utilization}
+    options |= {"gpu_memory_utilization": args.gpu_memory_utilization, "tensor_parallel_size": tp}
     options |= {"distributed_executor_backend": "external_launcher"}  # an engine per torchrun rank
-    model = str(model_folder(args.model))
-    return LLM(model, max_model_len=max_model_len, use_tqdm_on_load=False, **options)
+    options |= {"max_model_len": max_model_len, "use_tqdm_on_load": False}
+    return LLM(str(model_folder(args.model)), **options)
 
 
 def sample(
-    llm: Any, jobs: list[tuple[list[int], int, str]], stop: Any = (), **params: Any
-) -> Iterator[tuple[int, Any, Future]]:
-    """Answer jobs (prompt token ids, seed, right answer): (place, completion, future reward).
+    llm: Any, jobs: list[tuple[list[int], int, str]], stop: Any = (),
+    lap: Callable[[], None] = lambda: None, **params: Any,
+) -> Iterator[tuple[int, Any, float]]:  # fmt: skip
+    """Answer jobs (prompt token ids, seed, right answer); yields (place, completion, reward).
 
     Graders work beside the engine, on each response as it finishes. One without EOS is graded as
     if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
-    expectation under pi_ref itself. Once `stop` is true the rest is abandoned.
+    expectation under pi_ref itself. Once `stop` is true the rest is abandoned; `lap` is called when
+    only grades are awaited.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, params["output_kind"] = llm.llm_engine, RequestOutputKind.FINAL_ONLY
-    for i, (prompt_ids, seed, _) in enumerate(jobs):
-        request = {"prompt_token_ids": prompt_ids}
-        engine.add_request(str(i), request, SamplingParams(**params, seed=seed))
+    engine, waiting = llm.llm_engine, deque()
+    params["output_kind"] = RequestOutputKind.FINAL_ONLY
+    for i, (ids, seed, _) in enumerate(jobs):
+        wanted = SamplingParams(**params, seed=seed)
+        engine.add_request(str(i), {"prompt_token_ids": ids}, wanted)
     while engine.has_unfinished_requests() and not stop:
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
-            text = done.text if done.finish_reason == "stop" else ""
-            yield i, done, submit(text, jobs[i][2])
+            grade = submit(done.text if done.finish_reason == "stop" else "", jobs[i][2])
+            waiting.append((i, done, grade))
+        while waiting and waiting[0][2].done():
+            i, done, grade = waiting.popleft()
+            yield i, done, grade.result()
+    lap()
+    yield from ((i, done, grade.result()) for i, done, grade in waiting)
 
 
 def sample_all(
     llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any, **params: Any
-) -> dict[tuple[str, int], dict]:
-    """Draw n graded samples of each row, the ranks sharing the work: {(id, sample): record}.
+) -> list[dict]:
+    """Draw n graded samples of each row, the ranks sharing the work; a list of records.
 
     Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with
     the same identity draws only what is missing; another identity is a UserError naming the field.
@@ -681,47 +692,35 @@ def sample_all(
     from torch import distributed as dist
     from tqdm import tqdm
 
-    rank, tp, waiting = dist.get_rank(), args.tensor_parallel_size, deque()
-    partial, have = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
+    def have() -> dict[tuple[str, int], dict]:
+        records = {}
+        for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+            for line in path.read_text("utf-8", "replace").split("\n"):
+                if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
+                    record = json.loads(line[9:])
+                    refuse_difference(str(path), record.get("identity", identity), identity)
+                    records[record.get("id"), record.get("sample")] = record
+        return records
+
+    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    partial, drawn = lock(Path(f"{out}.partial-{rank}")), have()
     dist.barrier()  # all have read before one writes
-    asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in have]
-    asked = asked[rank // tp :: dist.get_world_size() // tp]
+    asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in drawn]
+    asked = asked[rank // tp :: world // tp]
     seeds = [response_seed(args.seed, 0, row["id"], i) for row, i in asked]
     jobs = [(r["prompt_ids"], seed, r["answer"]) for (r, _), seed in zip(asked, seeds, strict=True)]
-
-    def write(record: dict) -> None:
+    graded = sample(llm, jobs, max_tokens=args.max_tokens, **params)
+    bar = tqdm(graded, total=len(jobs), unit=" responses", disable=rank > 0)
+    records = ({"id": asked[place][0]["id"], "sample": asked[place][1],
+                "prompt": asked[place][0]["prompt"], "answer": asked[place][0]["answer"],
+                "output": out.text, "reward": reward, "tokens": len(out.token_ids),
+                "finished": out.finish_reason == "stop"} for place, out, reward in bar)  # fmt: skip
+    for record in itertools.chain([{"identity": identity}], records):
         text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
-        with explain(f"cannot write {partial.name}", OSError):
-            print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
-
-    def write_graded(all_of_them: bool) -> None:
-        while waiting and (all_of_them or waiting[0][2].done()):
-            place, done, reward = waiting.popleft()
-            (row, i), finished = asked[place], done.finish_reason == "stop"
-            record = {"id": row["id"], "sample": i, "output": done.text, "reward": reward.result()}
-            write(record | {"tokens": len(done.token_ids), "finished": finished})
-
-    write({"identity": identity})
-    bar = tqdm(sample(llm, jobs, **params), total=len(jobs), unit=" responses", disable=rank > 0)
-    for draw in bar:
-        if rank % tp == 0:  # the others of the group draw the same
-            waiting.append(draw)
-            write_graded(all_of_them=False)
-    write_graded(all_of_them=True)
+        print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
-    return read_partial(out, identity)
-
-
-def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
-    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
-    records = {}
-    for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-        for line in path.read_text("utf-8", "replace").split("\n"):
-            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
-                record = json.loads(line[9:])
-                refuse_difference(str(path), record.get("identity", identity), identity)
-                records[record.get("id"), record.get("sample")] = record
-    return records
+    drawn = have()
+    return [drawn[row["id"], i] for row in rows for i in range(n)]
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -731,17 +730,16 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
 
 
 def check_args(args: Any, *may_be_zero: str) -> None:
-    """Raise UserError for a number out of range, or for an --out that cannot be written."""
+    """Raise UserError for a number that should be > 0 (or >= 0), or an --out that cannot be."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             infinite = value == math.inf and name != "beta1"
             if infinite or not (value > 0 or (value == 0 and name in may_be_zero)):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
-    there = next(
-        path for path in [Path(args.out), *Path(args.out).absolute().parents] if path.exists()
-    )
+    out = Path(args.out).absolute()
+    there = next(path for path in [out, *out.parents] if path.exists())
     if not os.access(there, os.W_OK):
-        raise UserError(f"--out {args.out}: {there} cannot be written")
+        raise UserError(f"--out {out}: {there} cannot be written")
 
 
 def model_folder(model: str) -> Path:
@@ -769,27 +767,28 @@ def check_context(args: Any) -> None:
         raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file of ours; UserError if it is missing or damaged."""
+def read_json(path: str | Path, *keys: str) -> Any:
+    """Read a JSON file; one of ours must have `keys`, among them its own sha256. Or UserError."""
     with explain(f"cannot read {path}"):
-        return json.loads(Path(path).read_text("utf-8"))
+        document = json.loads(Path(path).read_text("utf-8"))
+        lacks = [key for key in keys if key not in document]
+    if lacks or (keys and document["sha256"] != content_sha256(document)):
+        raise UserError(
+            f"{path} is damaged or edited: {lacks or 'sha256'} is not as it was written"
+        )
+    return document
 
 
-def read_values(path: str | Path) -> tuple[dict, list[dict]]:
-    """Read the header and prompts that stage 1 wrote; UserError unless they are as it left them."""
-    values = read_json(path)
-    with explain(f"{path} is no values file of stage 1"):
-        header, prompts, sha256 = values["header"], values["prompts"], values["header"]["sha256"]
-    if sha256 != (now := content_sha256(values)):
-        how = f"if you edited it, set its sha256 to {now}, else run stage 1 again"
-        raise UserError(f"{path} is not as stage 1 wrote it: {how}")
-    return header, prompts
+def write_json(path: Path, document: dict) -> None:
+    """Write a JSON file, whole, with the sha256 that `read_json` checks."""
+    sha256 = {"sha256": content_sha256(document)}
+    write_whole(path, json.dumps(document | sha256, indent=1))
 
 
 def content_sha256(document: dict) -> str:
-    """Hash a document, but for the sha256 in its own header."""
-    header = {k: v for k, v in document.get("header", {}).items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(document | {"header": header}).encode()).hexdigest()
+    """Hash a document, but for its own sha256."""
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
@@ -834,10 +833,13 @@ def write_whole(path: Path, text: str) -> None:
 
 def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
-    with explain(f"cannot take {path} (is another run writing it?)"):
+    with explain(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
 
 

@@ -8,6 +8,7 @@ critic, group, importance ratio, clipping or normalisation (README, details).
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -21,11 +22,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict
 from torch.nn.utils import clip_grad_norm_
 
@@ -37,11 +39,9 @@ FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
 # What --resume may change: how long and on what a run runs, not what it computes.
 FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoints",
                   "micro_batch_tokens", "gradient_checkpointing", "offload_ref")  # fmt: skip
-COLUMNS = """step:4 loss:.4f reward:.3f v_star:.3f adv:+.3f logratio:+8.3f kl_per_token:+.4f
-response_tokens:6.1f truncated:.3f grad_norm:.1e lr:.0e logprob_gap:.0e seconds_generate:.2f
-seconds_grade:.2f seconds_ref:.2f seconds_update:.2f seconds_sync:.2f seconds_total:.2f
-tokens_per_second:6.0f peak_gib:.1f eval_accuracy:.3f"""
-PHASES = ("generate", "grade", "ref", "update", "sync")
+COLUMNS = """step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
+lr logprob_gap seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
+tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evaluate
 STOP: list[int] = []  # the signal that asks the run to stop
 
 
@@ -86,7 +86,8 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
-    header, prompts = problems.read_values(args.values)
+    values = problems.read_json(args.values, "header", "prompts", "sha256")
+    header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
     same = {"prompt_template": problems.PROMPT_TEMPLATE}
     for name in FROM_HEADER:
         same[name] = header[name] if getattr(args, name) is None else getattr(args, name)
@@ -110,16 +111,6 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 # Sampling
 
 
-class Response(NamedTuple):
-    """One sampled response, as every rank knows it."""
-
-    prompt: dict
-    ids: list[int]  # EOS included
-    sampler_logp: list[float]  # per token, the engine's
-    finished: bool
-    reward: float
-
-
 def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Choose the prompts of step 1, 2, ...: seeded shuffled epochs, their remainders dropped."""
     epoch, batch = divmod(step - 1, num_prompts // batch_size)
@@ -129,18 +120,29 @@ def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> lis
 
 
 def rollout(
-    llm: Any, asked: list[dict], seeds: list[int], args: argparse.Namespace,
-    lap: Callable[[], None] = lambda: None, **options: Any,
-) -> list[Response]:  # fmt: skip
-    """Sample and grade a response to each prompt asked; `lap` is called when all are sampled."""
-    jobs = [(p["prompt_ids"], seed, p["answer"]) for p, seed in zip(asked, seeds, strict=True)]
-    options |= {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
-    drawn = sorted(problems.sample(llm, jobs, STOP, **options), key=lambda draw: draw[0])
-    lap()
-    return [
-        Response(asked[i], list(out.token_ids), list(out.logprobs.logprobs),
-                 out.finish_reason == "stop", reward.result()) for i, out, reward in drawn
-    ]  # fmt: skip
+    llm: Any, asked: list[tuple[dict, int]], args: argparse.Namespace, temperature: float,
+    stop: Any = (), lap: Callable[[], None] = lambda: None,
+) -> list[dict]:  # fmt: skip
+    """Sample and grade a response to each (prompt, seed), the engines sharing the work; collective.
+
+    Every rank gets all of them, as asked: {"prompt", "ids" (EOS included), "sampler_logp" (per
+    token, the engine's), "finished", "reward"}; none once a rank was told to `stop`.
+    """
+    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    mine = asked[rank // tp :: world // tp]
+    jobs = [(prompt["prompt_ids"], seed, prompt["answer"]) for prompt, seed in mine]
+    options = {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
+    drawn = problems.sample(llm, jobs, stop, lap, temperature=temperature, **options)
+    drawn = [{"prompt": mine[i][0], "ids": list(out.token_ids), "reward": reward,
+              "sampler_logp": list(out.logprobs.logprobs),
+              "finished": out.finish_reason == "stop"}
+             for i, out, reward in sorted(drawn, key=lambda draw: draw[0])]  # fmt: skip
+    dist.all_gather_object(everyone := [None] * world, (list(stop), drawn))
+    if stops := [number for numbers, _ in everyone for number in numbers]:
+        STOP.extend(stops)  # every rank leaves with the code of the one that was told
+        return []
+    return [r for row in itertools.zip_longest(*(part for _, part in everyone[::tp]))
+            for r in row if r]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,16 +174,13 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
     sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
     if odd or sliding or lm.get_output_embeddings().bias is not None:
         raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
-    compute = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
-    return shard(lm, mesh, compute, offload)
+    return shard(lm, mesh, torch.bfloat16 if mesh.device_type == "cuda" else torch.float32, offload)
 
 
 def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = False) -> Policy:
     """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
-    from torch.distributed import fsdp
-
-    policy = Policy(lm)
-    options = {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    policy, options = Policy(lm), {"mesh": mesh}
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
     options |= {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
     for module in [*lm.base_model.layers, policy]:
         fsdp.fully_shard(module, **options)
@@ -212,13 +211,14 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
     alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
     Written beside, hashed into manifest.json, flushed, renamed.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    dtype = torch.float32 if optimizer or not torch.cuda.is_available() else torch.bfloat16
+    beside, dtype = folder.with_name(f".{folder.name}.tmp"), torch.float32
+    if not optimizer and torch.cuda.is_available():
+        dtype = torch.bfloat16
     shards = policy.lm.named_parameters()  # a head tied to the embedding is there once
     whole = ((name, p.detach().to(dtype).full_tensor()) for name, p in shards)
     weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
     get_state = state_dict.get_optimizer_state_dict
-    state = optimizer and get_state(policy, optimizer, options=WHOLE)
+    state = get_state(policy, optimizer, options=WHOLE) if optimizer else {}
     if dist.get_rank() == 0:
         with problems.explain(f"cannot write {folder}", OSError):
             shutil.rmtree(beside, ignore_errors=True)
@@ -227,10 +227,9 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
             problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
-            if state:
-                torch.save(state, beside / "trainer.pt")
-            manifest = {"step": step, "sha256": problems.folder_hashes(beside)}
-            problems.write_whole(beside / "manifest.json", json.dumps(manifest, indent=2))
+            torch.save(state, beside / "trainer.pt")
+            manifest = {"step": step, "files": problems.folder_hashes(beside)}
+            problems.write_json(beside / "manifest.json", manifest)
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(beside, folder)
@@ -246,21 +245,20 @@ def step_folders(folder: Path) -> list[Path]:
 
 def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest["step"] if manifest["sha256"] == problems.folder_hashes(folder) else 0
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0
+    with contextlib.suppress(UserError):
+        manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
+        return manifest["step"] if manifest["files"] == problems.folder_hashes(folder) else 0
+    return 0
 
 
 def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int]:
     """Take OUT for this process alone; returns its metrics file and the step to continue after."""
     out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
-    identity["values_sha256"] = header["sha256"]
+    identity["values_sha256"] = header["values_sha256"]
     metrics = problems.lock(out / "metrics.jsonl")
     if (out / "config.json").exists():
-        saved = problems.read_json(out / "config.json")
+        saved = problems.read_json(out / "config.json", "sha256")
         problems.refuse_difference(f"the run in {out}", saved, identity)
         if (step := whole_step(out / "final")) >= args.num_steps:
             return metrics, step
@@ -268,10 +266,10 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
             if step := whole_step(folder):
                 break
             print(f"{folder} is damaged: going back to the one before it", file=sys.stderr)
-    config = json.dumps(vars(args) | identity, indent=2)
-    problems.write_whole(out / "config.json", config)
+    problems.write_json(out / "config.json", vars(args) | identity)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
+        kept = [line for line in lines if line[-1:] == b"\n" and json.loads(line)["step"] <= step]
     metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
     return metrics, step
 
@@ -280,32 +278,31 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
 # The algorithm
 
 
-def micro_batches(update: list[Response], args: argparse.Namespace, device: Any) -> list:
+def micro_batches(update: list[dict], args: argparse.Namespace, device: Any) -> list:
     """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
-    lengths = [len(r.prompt["prompt_ids"]) + len(r.ids) - 1 for r in update]
+    lengths = [len(r["prompt"]["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
     for hand in hands[dist.get_rank()]:
         chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
-        prompts, responses = [r.prompt["prompt_ids"] for r in chosen], [r.ids for r in chosen]
-        batch = SimpleNamespace(share=len(hand) / len(update))
-        batch.inputs, batch.lengths = losses.pack(prompts, responses, device)
-        batch.inputs["temperature"] = args.temperature
-        batch.rewards = torch.tensor([r.reward for r in chosen], device=device)
-        batch.v_star = torch.tensor([r.prompt["v_star"] for r in chosen], device=device)
-        sampler_logp = list(itertools.chain(*(r.sampler_logp for r in chosen)))
-        batch.sampler_logp = torch.tensor(sampler_logp, device=device)
-        batches.append(batch)
+        prompts = [r["prompt"] for r in chosen]
+        batch = {"rewards": [r["reward"] for r in chosen], "v_star": [p["v_star"] for p in prompts],
+                 "sampler_logp": [x for r in chosen for x in r["sampler_logp"]]}  # fmt: skip
+        batch = {name: torch.tensor(x, device=device) for name, x in batch.items()}
+        ids = [p["prompt_ids"] for p in prompts], [r["ids"] for r in chosen]
+        inputs, batch["lengths"] = losses.pack(*ids, device)
+        batch["inputs"] = inputs | {"temperature": args.temperature}
+        batches.append(SimpleNamespace(**batch, share=len(hand) / len(update)))
     return batches
 
 
 def least_squares(
-    policy: Policy, ref: Policy, optimizer: Any, responses: list[Response],
+    policy: Policy, ref: Policy, optimizer: Any, responses: list[dict],
     args: argparse.Namespace, lap: Callable[[], None],
-) -> dict[str, float]:  # fmt: skip
+) -> tuple[float, float, float, float, float]:  # fmt: skip
     """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
 
-    `logratio`, `kl_per_token` and `logprob_gap` are told of the first update, before it moves the
-    weights: there pi is still the policy that sampled.
+    Returns loss, logratio, kl_per_token, grad_norm and logprob_gap; all but the loss and the norm
+    are of the first update, before it moves the weights: there pi still is what sampled.
     """
     # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
     device, size = next(policy.parameters()).device, len(responses) // args.updates_per_batch
@@ -336,19 +333,17 @@ def least_squares(
         optimizer.zero_grad()
     dist.all_reduce(sums)
     loss, logratio, gap, tokens = sums.tolist()
-    told = {"loss": loss, "logratio": logratio / size, "kl_per_token": logratio / tokens}
-    return told | {"logprob_gap": gap / tokens, "grad_norm": torch.stack(norms).mean().item()}
+    norm = torch.stack(norms).mean().item()
+    return loss, logratio / size, logratio / tokens, norm, gap / tokens
 
 
 def train(
     args: argparse.Namespace, header: dict, prompts: list[dict], learn: Callable = least_squares
 ) -> None:
     """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/)."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     for number in (signal.SIGINT, signal.SIGTERM):  # the first lets the last step be saved
         signal.signal(number, lambda n, frame: os._exit(128 + n) if STOP else STOP.append(n))
-    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    rank, world = dist.get_rank(), dist.get_world_size()
     on_gpu, out = torch.cuda.is_available(), Path(args.out)
     nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # read here: the engine overwrites it
     identity = problems.identify(args, *FREE_ON_RESUME)
@@ -363,8 +358,8 @@ def train(
     llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
     device, compute = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     # Shard inside a node, replicate across them.
-    shape = (nodes, world // nodes) if nodes > 1 else (world,)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    shape, names = (nodes, world // nodes)[nodes == 1 :], ("replicate", "shard")[nodes == 1 :]
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
     reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)
@@ -380,6 +375,8 @@ def train(
         sync(llm, policy)  # the engine holds the reference
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
+    for row in questions:  # of a longer one its end is asked
+        row["prompt_ids"] = row["prompt_ids"][-args.max_prompt_tokens :]
     rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
     v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
     prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
@@ -389,73 +386,60 @@ def train(
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
 
-    saved, stops = done, []
+    saved = done
     for step in range(done + 1, args.num_steps + 1):
         clock = [time.perf_counter()]
         # 1. x ~ D
         chosen = step_prompts(len(prompts), args.batch_size, step, args.seed)
         asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
-
-        # 2. y ~ pi_t(.|x), the engines sharing the work, and 3. r(x, y), beside it
-        mine = asked[rank // tp :: world // tp]
-        seeds = [problems.response_seed(args.seed, step, p["id"], n) for p, n in mine]
-        mine = rollout(llm, [p for p, _ in mine], seeds, args, lap, temperature=args.temperature)
-        dist.all_gather_object(everyone := [None] * world, (STOP, mine))
-        if stops := [number for stop, _ in everyone for number in stop]:
-            break  # the unfinished step is abandoned
-        parts = [part for _, part in everyone[::tp]]
-        responses = [r for row in itertools.zip_longest(*parts) for r in row if r]  # as asked
-        random.Random(f"{args.seed}/{step}").shuffle(responses)
+        asked = [(p, problems.response_seed(args.seed, step, p["id"], n)) for p, n in asked]
+        # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
+        responses = rollout(llm, asked, args, args.temperature, STOP, lap)
+        if not responses:  # told to stop: the unfinished step is abandoned
+            if step - 1 > saved:
+                save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
+            break
         if on_gpu:  # the engine's KV cache makes room for the trainer
             llm.sleep(level=0)
             llm.release_kv_cache_memory()
         lap()
-
         # 4. ln pi_ref(y|x) and 5. least squares
-        told = learn(policy, ref, optimizer, responses, args, lap)
-        if not math.isfinite(told["loss"] + told["grad_norm"]):
-            what = f"the loss is {told['loss']}, its gradient's norm {told['grad_norm']}"
-            raise ArithmeticError(f"step {step}: {what}; {saved} steps are saved")
+        loss, logratio, kl, norm, gap = learn(policy, ref, optimizer, responses, args, lap)
+        if not math.isfinite(loss + norm):
+            what = f"the loss is {loss}, its gradient's norm {norm}; {saved} steps are saved"
+            raise ArithmeticError(f"step {step}: {what}")
         lap()
 
         # 6. pi_t+1 into the engine
-        if on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing without a GPU
         sync(llm, policy)
         if on_gpu:
             llm.wake_up(tags=["kv_cache"])
         lap()
 
-        of_each = [[r.reward, r.prompt["v_star"], len(r.ids), not r.finished] for r in responses]
+        of_each = [(r["reward"], r["prompt"]["v_star"], len(r["ids"]), not r["finished"])
+                   for r in responses]  # fmt: skip
         reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
-        told |= {"step": step, "reward": reward, "v_star": v_star, "adv": reward - v_star}
-        told |= {"response_tokens": length, "truncated": cut, "lr": args.lr}
-        total = clock[-1] - clock[0]
-        for phase, (a, b) in zip(PHASES, itertools.pairwise(clock), strict=True):
-            told[f"seconds_{phase}"] = b - a
-        told |= {"seconds_total": total, "tokens_per_second": length * len(responses) / total}
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        told["peak_gib"] = (torch.cuda.max_memory_allocated() if on_gpu else memory) / 2**30
+        seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() or resident
+        row = [step, loss, reward, v_star, reward - v_star, logratio, kl, length, cut, norm]
+        row += [args.lr, gap, *seconds, total, length * len(responses) / total, memory / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            mine = questions[rank // tp :: world // tp]  # too long a prompt counts as wrong
-            mine = [q for q in mine if len(q["prompt_ids"]) <= args.max_prompt_tokens]
-            mine = rollout(llm, mine, [0] * len(mine), args, temperature=0.0)
-            dist.all_gather_object(parts := [None] * world, sum(r.reward for r in mine))
-            told["eval_accuracy"] = sum(parts[::tp]) / len(questions)
+            graded = rollout(llm, [(q, 0) for q in questions], args, temperature=0.0)
+            row.append(sum(r["reward"] for r in graded) / len(questions))
         if rank == 0:
-            columns = [c.split(":") for c in COLUMNS.split() if c.split(":")[0] in told]
-            print(*(f"{name} {told[name]:{spec}}" for name, spec in columns))
-            print(json.dumps({name: told[name] for name, _ in columns}), file=metrics, flush=True)
+            told = dict(zip(COLUMNS.split(), row, strict=False))
+            print(*(f"{name} {value:<9.4g}" for name, value in told.items()))
+            print(json.dumps(told), file=metrics, flush=True)
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step
-    if stops and step - 1 > saved:
-        save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
-    if not stops:
+    else:
         save(out / "final", args.num_steps, policy, None, args)
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
-    if stops:
-        sys.exit(128 + stops[0])
+    if not responses:
+        sys.exit(128 + STOP[0])
 
 
 def main() -> None:

@@ -94,8 +94,7 @@ def edit_values(source: Path, to: Path, change: Callable[[dict], None]) -> Path:
     """Copy a values file with a change made and signed, as its user may."""
     values = json.loads(source.read_text())
     change(values)
-    values["header"]["sha256"] = problems.content_sha256(values)
-    to.write_text(json.dumps(values))
+    problems.write_json(to, values)
     return to
 
 

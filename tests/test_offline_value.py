@@ -25,7 +25,7 @@ from losses import optimal_value
 
 HEADER = """model dataset num_value_samples beta1 temperature max_prompt_tokens max_tokens limit
 seed chat_template prompt_template model_sha256 dataset_sha256 versions seconds tokens_per_second
-truncated dropped_long dropped_ungradable pass_at_1 pass_at_n sha256"""
+truncated dropped_long dropped_ungradable pass_at_1 pass_at_n"""
 TIMING = ("seconds", "tokens_per_second", "out", "sha256", "grading")
 
 
@@ -37,7 +37,7 @@ def values(stage1):
 def test_values_file_has_what_the_contract_promises(values, model, dataset):
     header, prompts = values["header"], values["prompts"]
     assert header.keys() >= set(HEADER.split())
-    assert header["sha256"] == problems.content_sha256(values)
+    assert values["sha256"] == problems.content_sha256(values)
     assert header["prompt_template"] == problems.PROMPT_TEMPLATE
     assert set(header["versions"]) >= {"torch", "transformers", "vllm"}
     assert (header["model"], header["dataset"]) == (str(model), str(dataset))

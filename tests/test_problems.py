@@ -93,17 +93,18 @@ def test_hub_datasets_give_question_and_answer(name, serves, monkeypatch):
     assert asked == [IDS[name, serves]]
     assert [(p["question"], p["answer"]) for p in loaded] == [("Q {x}", answer)] * 2
     assert len({p["id"] for p in loaded}) == 2
-    assert problems.split_gradable(loaded) == (loaded, {})
+    assert problems.split_gradable(name, loaded, "") == loaded
     assert problems.grade([rf"\boxed{{{answer}}}"], [answer]) == [1.0]
 
 
-def test_hub_rows_without_an_answer_are_kept_to_be_named(monkeypatch):
+def test_hub_rows_without_an_answer_are_kept_to_be_named(monkeypatch, capsys):
     row = HUB["olympiadbench", "test"][0] | {"final_answer": []}
     table = datasets.Dataset.from_list([row, row | {"final_answer": ["5"]}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
     rows = load_problems("olympiadbench")
-    gradable, reasons = problems.split_gradable(rows)
-    assert [p["answer"] for p in gradable] == ["5"] and list(reasons) == [rows[0]["id"]]
+    gradable = problems.split_gradable("it", rows, "is dropped")
+    assert [p["answer"] for p in gradable] == ["5"]
+    assert capsys.readouterr().out.startswith(f"{rows[0]['id']} is dropped: ")
 
 
 def test_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch):
@@ -186,14 +187,18 @@ def test_unknown_names_are_answered_with_the_known_ones():
         load_problems("math500", "train")  # stage 1 must not learn from a benchmark
 
 
-def test_split_gradable_keeps_order_and_gives_reasons():
+def test_split_gradable_keeps_order_and_gives_reasons(capsys):
     answers = ["1", "", 2, None, "{", True, "a word", float("nan"), 0.25]
     rows = [{"id": str(i), "question": "q", "answer": a} for i, a in enumerate(answers)]
-    gradable, reasons = problems.split_gradable(rows)
+    gradable = problems.split_gradable("it", rows, "counts as wrong")
     assert [(p["id"], p["answer"]) for p in gradable] == [
         *[("0", "1"), ("2", "2"), ("6", "a word"), ("8", "0.25")]
     ]
-    assert list(reasons) == ["1", "3", "4", "5", "7"] and all(reasons.values())
+    told = [
+        line.partition(" counts as wrong: its answer is ")
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    assert [key for key, _, _ in told] == ["1", "3", "4", "5", "7"] and all(why for *_, why in told)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,14 +262,16 @@ def test_write_whole_is_all_or_nothing(tmp_path, monkeypatch):
     ]
 
 
-def test_content_hash_sees_every_change_but_its_own():
-    values = {"header": {"a": 1}, "prompts": [{"rewards": [0.0, 1.0]}]}
-    digest = problems.content_sha256(values)
-    assert re.fullmatch("[0-9a-f]{64}", digest)
-    values["header"]["sha256"] = digest
-    assert problems.content_sha256(json.loads(json.dumps(values))) == digest
-    values["prompts"][0]["rewards"][0] = 1.0
-    assert problems.content_sha256(values) != digest
+def test_json_of_ours_is_read_back_only_as_it_was_written(tmp_path):
+    path, document = tmp_path / "values.json", {"header": {"a": 1}, "prompts": [{"v": [0.1, 1.0]}]}
+    problems.write_json(path, document)
+    text, keys = path.read_text(), ("header", "prompts", "sha256")
+    saved = problems.read_json(path, *keys)
+    assert re.fullmatch("[0-9a-f]{64}", saved.pop("sha256")) and saved == document
+    for damaged in (text.replace("0.1", "0.2"), text.replace("header", "heeder"), text[:-9], "[]"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"values\.json"):
+            problems.read_json(path, *keys)
 
 
 def test_differences_are_named_with_both_values():
