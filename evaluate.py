@@ -8,9 +8,11 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -79,16 +81,27 @@ def table(benchmarks: dict[str, dict]) -> str:
 
 def grade_file(path: Path) -> dict:
     """Score saved outputs again; UserError unless every row has an answer and an output."""
-    rows = problems.read_rows(path)
+    rows, summary = problems.read_rows(path), path.with_name("summary.json")
+    if summary.exists():  # samples of ours: are they as they were saved?
+        saved = problems.read_json(summary, "benchmarks", "sha256")["benchmarks"].get(path.stem)
+        if saved and saved["samples_sha256"] != sha256(path):
+            print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
+    types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
     for i, row in enumerate(rows):
-        if not (isinstance(row, dict) and "answer" in row and isinstance(row.get("output"), str)):
-            what = f"{path}, row {i + 1} has not an answer and an output: {row!r:.60}"
-            raise problems.UserError(what)
-        rows[i] = {"id": f"row {i + 1}", "finished": True, "tokens": 0} | row
+        with problems.explain(f"{path}, row {i + 1}"):
+            rows[i] = {"id": f"row {i + 1}", "finished": True, "tokens": 0} | row
+            wrong = [key for key, kind in types.items() if not isinstance(rows[i].get(key), kind)]
+            if wrong or "answer" not in row:
+                raise TypeError(f"without a usable {wrong[0] if wrong else 'answer'}: {row!r:.60}")
     problems.split_gradable(path, rows, "counts as wrong")
     said = [row["output"] if row["finished"] else "" for row in rows]
     rewards = problems.grade(said, [row["answer"] for row in rows])
     return score([row | {"reward": r} for row, r in zip(rows, rewards, strict=True)])
+
+
+def sha256(path: Path) -> str:
+    """Hash a file of samples."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> None:
@@ -103,8 +116,13 @@ def main() -> None:
     for name in args.benchmarks.split(","):
         rows = problems.load_problems(name, "test")[: args.limit or None]
         problems.split_gradable(name, rows, "counts as wrong")
-        sets[Path(name).stem if Path(name).suffix else name] = rows
+        name = Path(name).stem if Path(name).suffix else name
+        if name in sets:
+            raise problems.UserError(f"two benchmarks are called {name}: give each its own --out")
+        sets[name] = rows
     context = min(problems.context_length(args.model), LONGEST_PROMPT + args.max_tokens)
+    if args.max_tokens >= context:
+        raise problems.UserError(f"--max-tokens {args.max_tokens}: {args.model} reads {context}")
     problems.launch()
     import torch.distributed as dist
 
@@ -113,20 +131,23 @@ def main() -> None:
         saved = problems.read_json(out / "summary.json", "header", "benchmarks", "sha256")
         problems.refuse_difference(f"what is in {out}", saved["header"], header)
         done = saved["benchmarks"]
+    identities = {k: {"rows_sha256": problems.content_sha256({"rows": v})} for k, v in sets.items()}
+    for name in sets.keys() & done.keys():
+        ours = identities[name] | {"samples_sha256": sha256(out / f"{name}.jsonl")}
+        problems.refuse_difference(f"{name} in {out}", done[name], ours)
     sets = {name: rows for name, rows in sets.items() if name not in done}
     llm = problems.start_engine(args, context, seed=args.seed) if sets else None
     for name, rows in sets.items():
-        identity = header | {"rows_sha256": problems.content_sha256({"rows": rows})}
         problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
         for row in rows:
             row["prompt_ids"] = row["prompt_ids"][args.max_tokens - context :]
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
         how = {"temperature": args.temperature, "top_p": args.top_p}
         how |= {"temperature": float(n > 1)} if args.temperature is None else {}
-        records = problems.sample_all(llm, rows, n, file, identity, args, **how)
+        records = problems.sample_all(llm, rows, n, file, header | identities[name], args, **how)
         if dist.get_rank() == 0:
-            done[name] = score(records)
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
+            done[name] = score(records) | identities[name] | {"samples_sha256": sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
         dist.barrier()
     if dist.get_rank() == 0:

@@ -13,10 +13,8 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
-import queue
 import re
 import resource
 import signal
@@ -26,7 +24,7 @@ import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
@@ -156,7 +154,8 @@ def format_prompt(question: str, chat_tokenizer: Any = None) -> str:
     if not chat_tokenizer:
         return prompt
     turn = [{"role": "user", "content": prompt}]
-    return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    with explain("--chat-template"):
+        return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
 def write_prompts(rows: list[dict], tokenizer: Any, chat_template: bool) -> None:
@@ -185,13 +184,16 @@ def reward(response: str, answer: Any, verify: Callable[[str, str], bool] | None
     - An inequality equals its interval; "x = 1, y = 2" and a column vector equal their tuple.
     - Words are compared as text, and so is what math-verify does not read to its end.
 
-    `verify` compares two values where text and plain numbers do not decide; by default math-verify.
+    `verify` compares two values where text and plain numbers do not decide; the default uses the
+    parser of math-verify, but not its `verify`, which takes what is close for equal.
     """
     gold = check_answer(answer)
     box = last_box(response.rpartition("</think>")[2].partition("<think>")[0])
-    if box is None or len(box) > 1000 or len(gold) > 1000 or _NESTED.search(box):
+    if box is None or len(box) > 1000 or len(gold) > 1000 or _HOPELESS.search(box):
         return float(box == gold)  # no right answer is so long, and all that follows is fast
-    return float(_same(_tidy(gold), _tidy(box), verify or _verify))
+    gold, box, verify = _tidy(gold), _tidy(box), verify or _verify
+    shares = ["", "/100"] if ("%" in gold) != ("%" in box) else [""]
+    return float(any(_same(gold.replace("%", s), box.replace("%", s), verify) for s in shares))
 
 
 def check_answer(answer: Any) -> str:
@@ -199,289 +201,175 @@ def check_answer(answer: Any) -> str:
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ValueError(f"neither a string nor a number but {answer!r:.60}")
     text = last_box(str(answer)) or str(answer)
-    if not text.strip(" \t\r\n$.") or text in ("nan", "inf", "-inf"):
-        raise ValueError(f"nothing to compare in {answer!r:.60}")
-    if last_box(rf"\boxed{{{text}}}") != text:
-        raise ValueError(f"unbalanced braces in {answer!r:.60}")
+    empty = not text.strip(" \t\r\n$.") or text in ("nan", "inf", "-inf")
+    if empty or last_box(rf"\boxed{{{text}}}") != text:
+        raise ValueError(f"nothing to compare or unbalanced braces in {answer!r:.60}")
     return text
 
 
 def last_box(text: str) -> str | None:
     """Cut out what the last balanced \\boxed{} or \\fbox{} holds, in one pass; None if none is."""
-    opened, last, first = [], None, re.search(r"\\(?:boxed|fbox)", text)
-    token_pattern = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-    for token in token_pattern.finditer(text, first.start()) if first else ():
-        if token[0] == "}" and opened:
-            opener = opened.pop()
-            if len(opener[0]) > 1 and (last is None or opener.end() > last[0]):
-                last = opener.end(), token.start()
-        elif token[0][-1] == "{" and token[0] != r"\{":
-            opened.append(token)
-    return text[slice(*last)] if last else None
+    opened, last = [], (0, 0)  # where the contents of boxes start; 0 for other braces
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token[0][-1] == "{" and token[0] != r"\{":
+            opened.append(token.end() if len(token[0]) > 1 else 0)
+        elif token[0] == "}" and opened:
+            last = max(last, (opened.pop(), token.start()))
+    return text[slice(*last)] if last[0] else None
 
 
-_LETTERS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi "}
-_LETTERS |= {"∞": r"\infty ", "∪": r"\cup", "²": "^2", "³": "^3", "½": r"\frac12", "°": r"^\circ "}
-_NESTED = re.compile(r"(?:[({[] *){10}|(?:[({[][^({[]*){100}")
-
-
-def _no_commas(found: re.Match) -> str:
-    return found[0].replace(",", "")
-
-
-_BREAK = r"\\"
-_BARE = r"[a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?"  # units, where x is none
+# Brackets ten deep, and numbers too large to compute: compared as text.
+_HOPELESS = re.compile(r"([({[][^](){}[]*){10}|(\^\{[^{}]*){2}\^|\d{5} *!|!!|\\binom\D*\d{6}")
+_LETTERS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "½": r"\frac12", "√": r"\sqrt ",
+            "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "°": r"^\circ ", "≤": r"\le ",
+            "≥": r"\ge ", "&": ","}  # fmt: skip
+_BARE = r"[a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?"  # where x is none
 _RULES = [  # in this order, each with the case that demands it
-    (re.compile(pattern), becomes)
-    for pattern, becomes in [
-        (r"√ *(\d*)", lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt "),  # √10, √(x+1)
-        (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\!", ""),  # \left( 1
-        (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname)(?![a-z])", r"\\text"),
-        (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
-        (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
-        (r"\{,\}", ","),  # 24{,}000
-        (r"\\leq?(slant)?(?![a-z])|≤", "<="),
-        (r"\\geq?(slant)?(?![a-z])|≥", ">="),
-        (r"\\([lr])angle(?![a-z])", lambda m: "()"[m[1] == "r"]),  # \langle 1, 2 \rangle
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\frac *(\d|[a-z]|\\[a-z]+)", r"\\frac{\1}"),  # \frac12
-        (r"(\\frac\{[^{}]*\}) *(\d|[a-z])", r"\1{\2}"),  # \frac{3}4
-        (r"(?<![\\a-zA-Z])(?=(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-zA-Z]))", r"\\"),  # 2pi
-        (r"\\sqrt *(?:(\d|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),  # \sqrt2, sqrt(3)
-        (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
-        # 0.\overline{3}
-        (r"(\d+)\.(\d*)\\overline *\{(\d+)\}", lambda m: f"{m[1]}.{m[2]}{m[3] * 12}"[:15]),
-        (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", r"\\text{%}"),
-        (r"\^ *\{? *\\circ *\}?|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
-        (r"(\\(?:sin|cos|tan)[ (]*)(\d+)\\text\{degree\}", r"\1(\2\\cdot\\frac{\\pi}{180})"),
-        (r"\\\$ *([\d,.]*\d)", r"\1\\text{dollar}"),  # \$18.90
-        (r"\\?\$|\\[()]", ""),
-        (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
-        (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?", ","),  # 1 \text{ and } -2
-        (r"^ *\\text *\{([^{}]*)\}[ .,]*$", r"\1"),  # \text{(C)}, \text{12 or 13}
-        # 5 square cm
-        (rf"(?<=[\d}})]) *(({_BARE})( [a-zA-Z]+)*(\^\d)?)$", r"\\text{\1}"),
-        (r"\\\{ *\w+ *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)(.*)\\\}$", r"\3"),  # {x : 0 <= x <= 1}
-        (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
-        (r"\\approx", "="),  # x \approx 2.45
-        (r"(^(?!\\\{)|,|\\\{)([^,]*?)\\pm([^,]*?)(?=,|\\\}|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
-        # a matrix is the tuple of its rows, a column that of its numbers
-        (r"\\begin *\{array\} *\{[^{}]*\}", r"\\begin{matrix}"),
-        (
-            r"(^|=) *[(\[]? *\\begin *\{[pbB]?matrix\}((?:(?!\\begin).)*)\\end *\{\w+\} *[)\]]?$",
-            lambda m: f"{m[1]}(({'),('.join(m[2].strip(_BREAK).split(_BREAK))}))".replace("&", ","),
-        ),
-        (r"(?<![\d.])(\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),  # 4 2/3
-        (r"(?<![\d.^])(\d+) *(\\frac *\{\d+\} *\{\d+\})(?! *([a-z(]|\\(?!text)))", r"(\1+\2)"),
-        (r"(?<![\d.])\d{1,3}( \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 234
-        # 12,345, but (1,234) is a point
-        (r"(?<![\d.,{])\d{1,3}(,\d{3})+(?![\d,])(?!.*([)\]]|\\}))", _no_commas),
-        (r"^[ =+]+|( |[.,;:]|\\\\)*$", ""),
-    ]
-]
-# A name may stand before "=": x, E_1, f(x), AB, (x, y), but not 2x.
-_NAME = re.compile(r"(?=.*[a-zA-Z])(?:_\{?[a-zA-Z0-9]+|[^\d_])*+")
-# Plurals and other spellings of units.
-_UNITS = {r"(?<=[a-z]{2})s\b": "", r"\b(?:(c)enti|(k)ilo|(m)illi)?met(er|re)": r"\1\2\3m"}
-_UNITS |= {"inche?": "in", "f(ee|oo)t": "ft", "usd": "dollar", "second": "s", "hour": "h"}
-_UNITS |= {r"\b(square|sq) (\w+)": r"\2^2", r"\bcubic (\w+)": r"\1^3"}
-_UNITS |= {r" *(\bper\b|/) *": "/", r" *\^ *": "^"}
-# No units, and nothing for math-verify, which reads words as products of letters and 1:58 as 1/58.
-_WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:")
+    (r"\\\$ *([\d,.{}\\!]*\d)", r"\1\\text{dollar}"),  # \$18.90
+    (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\?\$|\\[()!]", ""),  # \left(
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname)(?![a-z])", r"\\text"),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
+    (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
+    (r"\\([lg])eq?(slant)?(?![a-z])", lambda m: "≤≥"[m[1] == "g"]),
+    (r"\\frac *(?:(\w)|\{([^{}]*)\}) *(?:(\w)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),  # \frac12
+    (r"(?<![\\a-zA-Z])(?=(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-zA-Z]))", r"\\"),  # 2pi
+    (r"\\sqrt *(?:(\d+|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),  # \sqrt2, sqrt(3)
+    (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
+    (r"(\d*\.\d*)\\overline *\{(\d+)\}", lambda m: (m[1] + m[2] * 15)[:15]),  # 0.\overline{3}
+    (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", "%"),  # 50 percent
+    (r"\^ *\{? *\\circ *\}?|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
+    (r"\\approx", "="),  # x \approx 2.45
+    (r"(^|[,(\[])[ =+]+|( |[.,;:]|\\\\)+$", r"\1"),  # 5., [0, +\infty)
+    (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
+    (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?|\\cup(?![a-z])|;", ","),  # 1 and 2
+    (r"^ *\(?\\text *\{([^{}]*)\}\)?$", r"\1"),  # \text{(C)}, \text{12 or 13}
+    (rf"(?<=[\d}})]) *(({_BARE})( [a-zA-Z]+)*(\^\d)?)$", r"\\text{\1}"),  # 5 square cm
+    (r"^\\\{ *[a-z] *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)", ""),  # {x : 0 <= x <= 1}
+    (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
+    # a matrix is the tuple of its rows
+    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|\w*matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
+    (r"\\\\", "),("),
+    (r"(?<![\d.^])(\d+) *(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)(?! *([a-z(]|\\(?!text)))",
+     r"(\1+\2)"),  # 4 2/3
+    (r"(?<![\d.,{])\d{1,3}((\{,\}|[ ,])\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
+     lambda m: re.sub(r"\D", "", m[0])),  # 1,234 and 24{,}000, but (1,234) is a point
+    (r"([a-zA-Z] (?=[a-zA-Z])|\d (?=\d))| |\\[{}]", r"\1"),  # {1, 2}
+    (r"(^|,)([^,]*?)\\pm([^,]*?)(?=,|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
+    (r"([^,>≥]+)([>≥])([^,>≥]+)(?:([>≥])([^,>≥]+))?",
+     lambda m: "".join(filter(None, m.groups()[::-1])).replace(">", "<").replace("≥", "≤")),
+    (r"(^|,)([a-zA-Z]|\\theta)(?=[<≤])", r"\1-\\infty<\2"),  # x < 2
+    (r"([<≤]([a-zA-Z]|\\theta))(?=,|$)", r"\1<\\infty"),
+    (r"([^,<≤]+)([<≤])(?:[a-zA-Z]|\\theta)([<≤])([^,<≤]+)",
+     lambda m: f"{'(['[m[2] == '≤']}{m[1]},{m[4]}{')]'[m[3] == '≤']}"),
+    (r"(^|(?<=[(,]))[({]([^(){},]*)[)}](?=$|[,)])", r"\2"),  # (C)
+]  # fmt: skip
+_NAMED = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|[^\d_=])*+)=)?(.*)")
+_UNITS = dict(square="2", sq="2", cubic="3", feet="ft", foot="ft", inch="in", inche="in", meter="m",
+              centimeter="cm", kilometer="km", second="s", hour="h", usd="dollar")  # fmt: skip
 _NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|million|billion|dozen)\b")
+# Nothing for math-verify, which reads words as products of letters, 1:58 as 1/58 and 3 5 as 8.
+_WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:|\b\d+ \d")
 
 
+@functools.lru_cache(10_000)
 def _tidy(text: str) -> str:
     """Write a piece of LaTeX in one of the many ways in which it can be spelled."""
     text = text.translate(str.maketrans(_LETTERS))
     for pattern, becomes in _RULES:
-        text = pattern.sub(becomes, text)
+        text = re.sub(pattern, becomes, text)
     return text
 
 
-def _squash(text: str) -> str:
-    text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)  # 1 1/2 is not 11/2
-    text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)  # (C)
-    return text if "\\" in text else text.casefold()
+def _split(text: str) -> list[str]:
+    """Split at the commas outside all brackets."""
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
+    marked = ("\n" if c == "," and not depth else c for c, depth in zip(text, depths, strict=True))
+    return "".join(marked).split("\n")
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """Split at what stands outside all brackets; the separators are at the odd places."""
-    parts, depth, start = [], 0, 0
-    for token in re.finditer(rf"(?P<cut>{separator})|\\?[({{\[]|\\?[)}}\]]", text):
-        if token["cut"] is None:
-            depth += 1 if token[0][-1] in "({[" else -1
-        elif depth == 0:
-            parts += [text[start : token.start()].strip(), token[0]]
-            start = token.end()
-    return [*parts, text[start:].strip()]
+def _members(text: str) -> tuple[str, list[str]]:
+    """Take apart a list, of kind "", or a tuple or an interval, whose kind are its brackets."""
+    parts = _split(text)
+    if len({part.split("=")[0] for part in parts if "=" in part}) == len(parts) > 1:
+        return "()", sorted(parts)  # x = 1, y = 2
+    inner = _split(text[1:-1]) if re.fullmatch(r"[(\[][^=]*[)\]]", text) else []
+    return (text[0] + text[-1], inner) if len(inner) > 1 == len(parts) else ("", parts)
 
 
 def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     """Compare part by part; `verify` is asked about what neither text nor plain numbers decide."""
-    gold, pred = _interval(gold), _interval(pred)
-    if _squash(gold) == _squash(pred):
+    if gold.casefold() == pred.casefold():
         return True
     (kind, golds), (pred_kind, preds) = _members(gold), _members(pred)
-    if "=" in (kind, pred_kind):
-        golds, preds = golds if kind == "=" else [gold], preds if pred_kind == "=" else [pred]
-        names = [
-            _squash(links.pop(0)) if len(links) > 1 and _NAME.fullmatch(links[0]) else ""
-            for links in (golds, preds)
-        ]
-        if len(golds) > 1 or (kind == pred_kind and names[0] not in ("", names[1])):
-            return kind == pred_kind and verify(gold, pred)  # y = 2x + 3 is 2x - y + 3 = 0
-        return all(_same(golds[0], link, verify) for link in preds)
-    if kind == pred_kind == "":
-        return _same_value(gold, pred, verify)
-    if len(golds) != len(preds) or (kind != pred_kind and {kind, pred_kind} != {"", ","}):
+    if any("=" in parts[0] and len(parts) == 1 for parts in (golds, preds)):
+        (name, value), (other, links) = (_NAMED.fullmatch(text).groups() for text in (gold, pred))
+        if "=" in value or (name and name != other and "=" in pred):
+            return "=" in pred and verify(gold, pred)  # y = 2x + 3 is 2x - y + 3 = 0
+        return all(_same(value, link, verify) for link in links.split("="))
+    if len(golds) != len(preds) or kind != pred_kind:
         return False
-    if kind not in (",", "U", ""):
-        return all(map(_same, golds, preds, [verify] * len(golds)))
-    for gold in golds:  # in any order
-        match = next((pred for pred in preds if _same(gold, pred, verify)), None)
-        if match is None:
-            return False
-        preds.remove(match)
-    return True
-
-
-def _interval(text: str) -> str:
-    """Write an inequality for one name as its interval, x < 2 as (-oo, 2)."""
-    parts = _split(text, "[<>]=?|,")
-    if len(parts) > 1 and ">" in parts[1]:
-        parts = [part.replace(">", "<") for part in parts[::-1]]
-    if len(parts) == 3:
-        parts = [r"-\infty", "<", *parts] if _NAME.fullmatch(parts[0]) else [*parts, "<", r"\infty"]
-    if len(parts) != 5 or not ("<" in parts[1] and "<" in parts[3] and _NAME.fullmatch(parts[2])):
-        return text
-    return f"{'(['['=' in parts[1]]}{parts[0]},{parts[4]}{')]'['=' in parts[3]]}"
-
-
-def _members(text: str) -> tuple[str, list[str]]:
-    """Take apart what is composed: its kind and its members.
-
-    The kind is "," for a list or set, "U" for a union, "=" for a chain, the brackets of a tuple or
-    an interval, and "" for a single value.
-    """
-    parts = [part for part in _split(text, "[,;]")[::2] if part]
-    if len(parts) > 1:
-        names = {part.partition("=")[0] for part in parts if "=" in part}
-        if len(names) == len(parts):
-            return "()", sorted(parts)  # x = 1, y = 2
-        one_of = all(re.search("[<>]", part) for part in parts)  # x < 2 or x > 3
-        return "U" if one_of else ",", parts
-    for kind, separator in (("U", r"\\cup(?![a-z])"), ("=", "(?<![<>!])=")):
-        parts = _split(text, separator)[::2]
-        if len(parts) > 1:
-            return kind, parts
-    found = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text)
-    if found and len(_split(text, r"(?<=[)\]}])(?=.)")) == 1:
-        parts = _split(found[2], "[,;]")[::2]
-        if len(parts) > 1 or found[1] == r"\{":
-            return "," if found[1] == r"\{" else found[1] + found[3], parts
-    return "", [text]
-
-
-def _same_value(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
-    (gold, gold_unit), (pred, pred_unit) = _part_unit(gold), _part_unit(pred)
-    gold_words, pred_words = gold_unit - {"%"}, pred_unit - {"%"}
-    if gold_words and pred_words and not (gold_words <= pred_words or pred_words <= gold_words):
+    if kind:
+        return all(map(_same, golds, preds, itertools.repeat(verify)))
+    if len(golds) > 1:  # in any order
+        found = all(any(_same(g, p, verify) for p in preds) for g in golds)
+        return found and all(any(_same(g, p, verify) for g in golds) for p in preds)
+    (gold, unit), (pred, pred_unit) = _part_unit(gold), _part_unit(pred)
+    if unit or pred_unit:
+        return (unit == pred_unit or not (unit and pred_unit)) and _same(gold, pred, verify)
+    letters = [set(re.sub(r"\\[a-z]+|[^a-df-hj-z]", "", text.lower())) for text in (gold, pred)]
+    if letters[0] != letters[1] or _WORDS.search(gold) or _WORDS.search(pred):
         return False
-    if "%" in gold_unit - pred_unit and _same_value(rf"\frac{{{gold}}}{{100}}", pred, verify):
-        return True
-    if "%" in pred_unit - gold_unit and _same_value(gold, rf"\frac{{{pred}}}{{100}}", verify):
-        return True
-    if _squash(gold) == _squash(pred):
-        return True
-    if _WORDS.search(gold) or _WORDS.search(pred):
-        return False
-    values = _number(gold), _number(pred)
-    if None not in values and (
-        ("." in gold) == ("." in pred) or 1 in [value.denominator for value in values]
-    ):
-        return values[0] == values[1]
-    return verify(gold, pred)
+    a, b = _number(gold), _number(pred)
+    if None in (a, b) or (("." in gold) != ("." in pred) and a.denominator > 1 < b.denominator):
+        return verify(gold, pred)
+    return a == b
 
 
-def _part_unit(text: str) -> tuple[str, set[str]]:
-    """Part a value from the words of its unit: 5\\text{ square feet} is 5 and {ft^2}."""
-    word = r"\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[ /CF]*(?:\\cdot *)?"
-    found = re.fullmatch(rf"(.*?[\d\\].*?) *((?:{word})+)", text)
+def _part_unit(text: str) -> tuple[str, list[str]]:
+    """Part a value from the words of its unit: 5\\text{ square feet} is 5 and [2, ft]."""
+    word = r"(?:\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[/CF]*(?:\\cdot)?)+"
+    found = re.fullmatch(rf"(.*?[\d\\].*?)({word})", text)
     if not found or _NO_UNIT.search(text):
-        return text, set()
-    unit = re.sub(r"\\text|\\cdot|[{} ]+", " ", found[2].lower().replace(".", ""))
-    for pattern, short in _UNITS.items():
-        unit = re.sub(pattern, short, unit)
-    return found[1], set(unit.split())
+        return text, []
+    unit = re.sub(r"\\text|\\cdot|\.|\bper\b|(?<=[a-z]{2})s\b", "", found[2].lower())
+    return found[1], sorted(_UNITS.get(word, word) for word in re.findall(r"[a-z]+|\d", unit))
 
 
 def _number(text: str) -> Fraction | None:
-    text = re.sub(r"^(-?) *\\frac *\{(\d+)\} *\{(\d+)\}$", r"\1\2/\3", text)
-    plain = re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", text)
-    return Fraction(text) if plain else None
+    text = re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
+    plain = re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+))(?:/0*([1-9]\d*))?", text)
+    return Fraction(plain[1]) / int(plain[2] or 1) if plain else None
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(10_000)
 def _parse(text: str) -> Any:
-    """Read a value with math-verify; raises unless it is read to its end and can be computed."""
-    from math_verify import LatexExtractionConfig, parse
-    from sympy import Float, I, Rational, Symbol
+    """Read a value with math-verify's parser, and l = r as l - r; raises if it is not all read."""
+    from latex2sympy2_extended import latex2sympy
+    from sympy import Float, I, Rational
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it keeps no time
-    if re.search(r"\\binom\D*\d{6}|(?<![_^\d])\d+ \d", text):
-        raise ValueError(text)  # computed at once; read as a sum
-    text = re.sub(r"((?<![_^\d])\d+|\)|\\pi) *(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
-    # in brackets, each side is read to its end or not at all
-    sides = _split(text, "(?<![<>!])=|[<>]=?")
-    sides[::2] = [f"({side})" for side in sides[::2]]
-    config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
-    box = rf"\boxed{{{''.join(sides)}}}"
-    [tree] = parse(box, [config], fallback_mode="no_fallback", parsing_timeout=None)
-    _size(tree)
-    new = {old: Symbol(old.name, real=True) if old.name != "i" else I for old in tree.free_symbols}
-    return tree.xreplace(new | {number: Rational(str(number)) for number in tree.atoms(Float)})
-
-
-def _size(tree: Any) -> float:
-    """Bound the digits of a number before it is computed; OverflowError for 9^{9^{9^9}}."""
-    if not tree.args:
-        return math.log10(abs(int(tree)) + 2) if tree.is_Number and tree.is_finite else 0.5
-    sizes = [_size(part) for part in tree.args]
-    size = sum(sizes)
-    if tree.is_Pow or type(tree).__name__ in ("exp", "factorial"):
-        size += sizes[0] * 10 ** sizes[-1]
-    if size > 50_000:
-        raise OverflowError("too large to compute")
-    return size
+    text = re.sub(r"((?<![_^\d])\d+|\)|\\pi)(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
+    left, *right = (latex2sympy(f"({side})") for side in text.split("="))  # (): to the end or not
+    tree = left - sum(right)
+    exact = {number: Rational(str(number)) for number in tree.atoms(Float)}
+    return tree.xreplace(exact | {name: I for name in tree.free_symbols if name.name == "i"})
 
 
 def _verify(gold: str, pred: str) -> bool:
-    """Compare numbers to 25 digits; the rest with math-verify, and at a point to 25 digits."""
+    """Compare two values, or two equations up to a factor, at two points to 300 digits."""
     try:
-        from math_verify import verify
-        from sympy import Expr, Rational
+        from sympy import Rational
 
-        trees = _parse(gold), _parse(pred)
-        names = sorted(trees[0].free_symbols, key=str)
-        if trees[0].free_symbols != trees[1].free_symbols:
-            return False
-        has_values = all(isinstance(tree, Expr) for tree in trees)
-        if (names or not has_values) and not verify(*trees, timeout_seconds=None):
-            return False
-        if not has_values:
-            return True
-        point = {name: Rational(7 + 4 * i, 5 + 2 * i) for i, name in enumerate(names)}
-        a, b = (tree.subs(point).evalf(30) for tree in trees)
-        if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
-            return bool(names) or trees[0] == trees[1]
-        if ("." in gold) != ("." in pred) and not any(tree.is_Integer for tree in trees):
-            return str(a.n(6)) == str(b.n(6))
-        difference = (trees[0] - trees[1]).subs(point).doit()
-        if difference.is_Rational:
-            return difference == 0  # 2^{100} + 1 is not 2^{100}
-        return bool(abs(a - b) <= abs(a) * Rational(1, 10**25))
+        a, b = _parse(gold), _parse(pred)
+        names = sorted(a.free_symbols | b.free_symbols, key=str)
+        points = [[(n, Rational(k + i, 5 + i)) for i, n in enumerate(names)] for k in (7, -9)]
+        values = [[tree.subs(point).evalf(350) for tree in (a, b)] for point in points]
+        x, y = values[0]
+        if ("." in gold) != ("." in pred) and not (names or a.is_Integer or b.is_Integer):
+            return str(x.n(6)) == str(y.n(6))
+        factor = x / y if "=" in gold else 1
+        close = (x.is_finite and abs(x - factor * y) <= abs(x) / 10**300 for x, y in values)
+        return a == b or all(close)
     except Exception:  # whatever a parser or an algebra system raises, the box is not shown right
         return False
 
@@ -491,6 +379,7 @@ def _verify(gold: str, pred: str) -> bool:
 
 SECONDS_PER_PAIR = 3
 _counts = Counter(timeouts=0, failures=0, ungradable=0)
+_mine = threading.local()  # each thread of the pool has a worker process of its own
 
 
 class _Undecided(Exception):
@@ -505,14 +394,14 @@ def submit(response: str, answer: Any) -> Future:
     """Grade a response and return at once; the future's result is the reward.
 
     What text and plain numbers decide is decided here, in 0.2 ms. The rest goes to workers, since
-    math-verify can hang or eat all memory, and only a process can be killed. An answer that cannot
-    be graded gives 0.0 and is counted.
+    an algebra system can hang or eat all memory, and only a process can be killed. An answer that
+    cannot be graded gives 0.0 and is counted.
     """
     verdict = Future()
     try:
         verdict.set_result(reward(response, answer, _undecided))
     except _Undecided:
-        _pool(os.getpid()).put((verdict, json.dumps([response, answer]).encode() + b"\n"))
+        return _pool(os.getpid()).submit(_ask_worker, json.dumps([response, answer]))
     except ValueError:
         _counts["ungradable"] += 1
         verdict.set_result(0.0)
@@ -531,35 +420,26 @@ def grading_counts() -> dict[str, int]:
 
 
 @functools.cache
-def _pool(pid: int) -> queue.SimpleQueue:
-    """Start this process's threads, one a worker; more than cores, as some wait for what hangs."""
-    tasks = queue.SimpleQueue()
-    for _ in range(min(16, os.cpu_count() + 2)):
-        threading.Thread(target=_drive_worker, args=(tasks,), daemon=True).start()
-    return tasks
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Start this process's threads: more than cores, as some wait for what hangs."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() + 2))
 
 
-def _drive_worker(tasks: queue.SimpleQueue) -> None:
-    command = [sys.executable, os.path.abspath(__file__), "--grade-worker"]
-    worker = None
-    while True:
-        verdict, line = tasks.get()
-        for ending in ("", "failures"):  # a worker that died, perhaps while idle, has one successor
-            worker = worker or subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3)
-            try:
-                worker.stdin.write(line)
-                worker.stdin.flush()
-                reply = worker.stdout.readline()
-            except BrokenPipeError:
-                reply = b""
-            if reply:
-                break
-            ending = "timeouts" if worker.wait() == -signal.SIGALRM else ending
-            worker = None
-            if ending:
-                _counts[ending] += 1
-                break
-        verdict.set_result(float(reply or 0))
+def _ask_worker(line: str, retry: bool = True) -> float:
+    """Ask this thread's worker; one that died, perhaps while idle, has a successor."""
+    if not hasattr(_mine, "worker"):
+        command = [sys.executable, __file__, "--grade-worker"]
+        _mine.worker = subprocess.Popen(command, text=True, stdin=-1, stdout=-1, stderr=-3)
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=_mine.worker.stdin, flush=True)
+        if reply := _mine.worker.stdout.readline():
+            return float(reply)
+    timed_out = _mine.worker.wait() == -signal.SIGALRM
+    del _mine.worker
+    if retry and not timed_out:
+        return _ask_worker(line, retry=False)
+    _counts["timeouts" if timed_out else "failures"] += 1
+    return 0.0
 
 
 def _work() -> None:
@@ -568,12 +448,9 @@ def _work() -> None:
     The kernel's alarm kills the worker over a pair that takes too long, in whatever code it hangs.
     """
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    _verify(
-        r"\frac{x^{2}}{\sqrt{3}}=1", r"(x-1)(x+1)=2y"
-    )  # the parser is slow until it has learned
-    _verify(r"\sqrt[3]{x}-1.5\cdot 2!", r"\frac{2\pi}{3}+x^{2}")
+    # the parser is slow until it has learned
+    _verify(r"\frac{x^{2}}{\sqrt[3]{3}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=2.5y")
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_PAIR)
         print(reward(*json.loads(line)), flush=True)
@@ -647,7 +524,8 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     options |= {"gpu_memory_utilization": args.gpu_memory_utilization, "tensor_parallel_size": tp}
     options |= {"distributed_executor_backend": "external_launcher"}  # an engine per torchrun rank
     options |= {"max_model_len": max_model_len, "use_tqdm_on_load": False}
-    return LLM(str(model_folder(args.model)), **options)
+    with explain(f"the engine does not start with {args.model}"):
+        return LLM(str(model_folder(args.model)), **options)
 
 
 def sample(
@@ -692,18 +570,8 @@ def sample_all(
     from torch import distributed as dist
     from tqdm import tqdm
 
-    def have() -> dict[tuple[str, int], dict]:
-        records = {}
-        for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-            for line in path.read_text("utf-8", "replace").split("\n"):
-                if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
-                    record = json.loads(line[9:])
-                    refuse_difference(str(path), record.get("identity", identity), identity)
-                    records[record.get("id"), record.get("sample")] = record
-        return records
-
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
-    partial, drawn = lock(Path(f"{out}.partial-{rank}")), have()
+    partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in drawn]
     asked = asked[rank // tp :: world // tp]
@@ -719,8 +587,24 @@ def sample_all(
         text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
         print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
-    drawn = have()
+    drawn = read_partial(out, identity)
     return [drawn[row["id"], i] for row in rows for i in range(n)]
+
+
+def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
+    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
+    records = {}
+    for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        ours = False  # until it says so: no record counts whose identity is not known
+        for line in path.read_text("utf-8", "replace").split("\n"):
+            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
+                record = json.loads(line[9:])
+                if "identity" in record:
+                    refuse_difference(str(path), record["identity"], identity)
+                    ours = True
+                elif ours:
+                    records[record["id"], record["sample"]] = record
+    return records
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -732,9 +616,9 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
 def check_args(args: Any, *may_be_zero: str) -> None:
     """Raise UserError for a number that should be > 0 (or >= 0), or an --out that cannot be."""
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed":
+        if type(value) in (int, float):
             infinite = value == math.inf and name != "beta1"
-            if infinite or not (value > 0 or (value == 0 and name in may_be_zero)):
+            if infinite or not (value > 0 or (value == 0 and name in ("seed", *may_be_zero))):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
     out = Path(args.out).absolute()
     there = next(path for path in [out, *out.parents] if path.exists())
@@ -751,14 +635,17 @@ def model_folder(model: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         with explain(f"no model {model}, here or on the hub"):
             folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} is no model: it wants config.json and *.safetensors files")
+    wanted = ("config.json", "*.safetensors", "*token*")
+    if not all(any(folder.glob(pattern)) for pattern in wanted):
+        raise UserError(f"{folder} is no model: it wants config.json, *.safetensors, a tokenizer")
     return folder
 
 
 def context_length(model: str) -> float:
     """Count the tokens, prompt and response together, that a model can read."""
-    return read_json(model_folder(model) / "config.json").get("max_position_embeddings", math.inf)
+    file = model_folder(model) / "config.json"
+    with explain(f"cannot read {file}"):
+        return read_json(file).get("max_position_embeddings", math.inf)
 
 
 def check_context(args: Any) -> None:

@@ -9,6 +9,7 @@ critic, group, importance ratio, clipping or normalisation (README, details).
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -87,11 +88,18 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.batch_size % args.updates_per_batch:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
     values = problems.read_json(args.values, "header", "prompts", "sha256")
-    header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
-    same = {"prompt_template": problems.PROMPT_TEMPLATE}
-    for name in FROM_HEADER:
-        same[name] = header[name] if getattr(args, name) is None else getattr(args, name)
-        setattr(args, name, same[name])
+    with problems.explain(f"{args.values} is not what stage 1 writes"):
+        header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
+        same = {"prompt_template": problems.PROMPT_TEMPLATE}
+        for name in FROM_HEADER:
+            same[name] = header[name] if getattr(args, name) is None else getattr(args, name)
+            setattr(args, name, same[name])
+        rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
+        v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
+        prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
+        odd = [p["id"] for p in prompts if not (math.isfinite(p["v_star"]) and p["prompt"] + "")]
+        if odd or len({p["id"]: p["answer"] for p in prompts}) < len(prompts):
+            raise ValueError(f"an id is there twice, or the rewards are no numbers: {odd}")
     problems.refuse_difference(args.values, header, same)
     problems.check_context(args)
     if args.filter_unsolved:
@@ -227,6 +235,9 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
             problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
+            need = 2.01 * (beside / "model.safetensors").stat().st_size
+            if state and shutil.disk_usage(beside).free < need:  # torch.save would not say why
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             torch.save(state, beside / "trainer.pt")
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)
@@ -240,14 +251,16 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
 
 def step_folders(folder: Path) -> list[Path]:
     """List a folder's step-N, newest first."""
-    return sorted(folder.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
+    ours = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(ours, key=lambda path: -int(path.name[5:]))
 
 
 def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
     with contextlib.suppress(UserError):
         manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
-        return manifest["step"] if manifest["files"] == problems.folder_hashes(folder) else 0
+        if folder.name in ("final", f"step-{manifest['step']}"):
+            return manifest["step"] if manifest["files"] == problems.folder_hashes(folder) else 0
     return 0
 
 
@@ -377,9 +390,6 @@ def train(
     problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
     for row in questions:  # of a longer one its end is asked
         row["prompt_ids"] = row["prompt_ids"][-args.max_prompt_tokens :]
-    rewards = torch.tensor([p["rewards"] for p in prompts], dtype=torch.float64)
-    v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
-    prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
 
     def lap() -> None:
         if on_gpu:

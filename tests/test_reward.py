@@ -17,8 +17,6 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -54,7 +52,7 @@ SLOW_FOR_PATTERNS = ["5" * 999, "5" * 900 + "!", "_a" * 450 + "5", "a " * 490, "
 SLOW_FOR_PATTERNS += ["12," * 330, r"\pm" * 300, "=" * 900, "<" * 900, r"\%" * 400, "^" * 900]
 SLOW_FOR_PATTERNS += [r"\frac" * 190, r"\text{" * 100 + "}" * 100, "5 cm " * 190, "." * 999]
 SLOW_FOR_PATTERNS += ["-" * 900 + "x", "{}" * 45, r"\text{a}" * 99, "\n" * 999, "\\" * 998]
-SLOW = r"\prod_{k=1}^{100000} \frac{k}{k+1}"  # nothing sees it coming, and sympy takes over 3 s
+SLOW = r"\sin(10^{10^{7}})"  # nothing sees it coming, and its digits take over 3 s
 
 
 def boxed(text: str) -> str:
@@ -212,9 +210,13 @@ def test_pathological_boxes_are_recognised(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [r"9^{9^{9^9}}", "10000000!", "10!!!!", r"2^{10^{7}}"])
-def test_huge_numbers_are_recognised_before_they_are_computed(text: str) -> None:
-    with pytest.raises(OverflowError):
-        problems._parse(text)
+def test_huge_numbers_are_not_computed(text: str) -> None:
+    """Whether recognised or only estimated, they cost this process next to nothing."""
+    assert reward(boxed("y+x"), "x+y") == 1  # imports sympy
+    start = time.process_time()
+    assert reward(boxed(text), "5") == 0
+    assert reward(boxed(text), r"\sqrt{2}+1") == 0
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("text", SLOW_FOR_PATTERNS, ids=lambda text: text[:20])
@@ -429,37 +431,3 @@ def test_all_stages_use_this_reward() -> None:
         source = (HERE.parent / name).read_text("utf-8")
         assert re.search(r"problems\.sample(_all)?\(", source), name
         assert not re.search(r"math_verify|last_box|def .*(reward|verify)", source), name
-
-
-def test_a_response_without_eos_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two right answers, of which the engine cut one off."""
-
-    class Engine:
-        """Finishes both requests in one step."""
-
-        requests: ClassVar[list[str]] = []
-
-        def add_request(self, request_id: str, *_: object) -> None:
-            self.requests.append(request_id)
-
-        def has_unfinished_requests(self) -> bool:
-            return bool(self.requests)
-
-        def step(self) -> list[SimpleNamespace]:
-            reasons = {"0": "stop", "1": "length"}
-            done = [
-                SimpleNamespace(
-                    request_id=key,
-                    outputs=[SimpleNamespace(text=boxed("5"), finish_reason=reasons[key])],
-                )
-                for key in self.requests
-            ]
-            self.requests.clear()
-            return done
-
-    sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=0))
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **_: None))
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
-    llm = SimpleNamespace(llm_engine=Engine())
-    drawn = problems.sample(llm, [([1], 0, "5"), ([1], 1, "5")])
-    assert [(place, reward) for place, _, reward in drawn] == [(0, 1.0), (1, 0.0)]
