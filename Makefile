@@ -1,8 +1,11 @@
 # make demo [SEED=1]   all three stages on a toy, under toy/
-# make test            lint and every test
+# make test            lint and the tests, one sample of each fault among them
+# make test-faults     every fault: kills, damage, full disks, bad input (an hour)
+# make results         theory, and the comparison with GRPO, REBEL and PPO (75 minutes, by estimate)
+# make ablations       the ablations, 3 seeds (70 minutes, by estimate)
 # make clean           forget toy/ and the environment
 #
-# The first two make the environment in .venv/ when it is missing or older than its requirements files.
+# Each makes the environment in .venv/ when it is missing or older than its requirements files.
 # It is the GPU's if nvidia-smi lists one. Another interpreter: make demo PYTHON=python3.12
 
 SHELL := /bin/bash
@@ -20,7 +23,7 @@ export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint pytest clean
+.PHONY: demo test test-faults results ablations lint pytest clean
 
 demo: $(ENVIRONMENT)
 	rm -rf toy && mkdir toy && touch toy/started
@@ -42,7 +45,23 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff format --check .
 
 pytest: $(ENVIRONMENT)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not faults"
+
+FAULTS := -m "faults or not faults" tests/test_faults.py tests/test_bad_input.py
+test-faults: $(ENVIRONMENT)
+	set -o pipefail; $(RUN) -m pytest -v -rP $(FAULTS) 2>&1 | tee experiments/results/faults.txt
+
+results: $(ENVIRONMENT) toy/values.json
+	$(RUN) -m experiments.theory
+	$(RUN) -m experiments.compare --passk 32
+
+ablations: $(ENVIRONMENT) toy/values.json
+	$(RUN) -m experiments.ablate --seeds 3
+
+toy/values.json: | $(ENVIRONMENT)
+	$(RUN) -m experiments.toy --out toy --seed $(SEED)
+	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
+	    --seed $(SEED) --out toy/values.json
 
 clean:
 	rm -rf toy .venv .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,9 +98,10 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
         prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
-        odd = [p["id"] for p in prompts if not (math.isfinite(p["v_star"]) and p["prompt"] + "")]
-        if odd or len({p["id"]: p["answer"] for p in prompts}) < len(prompts):
-            raise ValueError(f"an id is there twice, or the rewards are no numbers: {odd}")
+        times = Counter(p["id"] for p in prompts)
+        odd = [p["id"] for p in prompts if times[p["id"]] > 1 or not math.isfinite(p["v_star"])]
+        if odd or not all(isinstance(p["prompt"] + p["answer"], str) for p in prompts):
+            raise ValueError(f"{odd[:9]} are there twice, or have rewards that are no numbers")
     problems.refuse_difference(args.values, header, same)
     problems.check_context(args)
     if args.filter_unsolved:
@@ -440,7 +442,7 @@ def train(
             row.append(sum(r["reward"] for r in graded) / len(questions))
         if rank == 0:
             told = dict(zip(COLUMNS.split(), row, strict=False))
-            print(*(f"{name} {value:<9.4g}" for name, value in told.items()))
+            print(*(f"{name} {value:<10.4g}" for name, value in told.items()))
             print(json.dumps(told), file=metrics, flush=True)
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)

@@ -31,6 +31,7 @@ Writes OUT.json and OUT.txt, by default experiments/results/speed-cpu or -gpu.
 
 import argparse
 import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -631,6 +632,7 @@ def logprob_peak(chunk: int, sizes: tuple[int, int, int], folder: str) -> tuple[
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = (torch.randn(vocabulary, width) / 8).requires_grad_()
     targets, upstream = torch.randint(vocabulary, (tokens,)), torch.randn(tokens)
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed leaves memory at once
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before, start = resident("VmRSS"), time.perf_counter()
     if chunk:

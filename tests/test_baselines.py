@@ -189,6 +189,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny")
     Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")  # a folder without one is no model
     return path
 
 
@@ -247,6 +248,25 @@ def test_the_split_into_micro_batches_changes_nothing(method, group, folder):
     close(split[0], whole[0], 1e-4)
     assert (split[1] - whole[1]).norm() < 1e-4 * whole[1].norm()
     assert whole[0][1] == 0 and whole[0][2] == 0  # pi is still pi_ref in the first update
+
+
+@pytest.mark.parametrize("method", ["grpo", "rebel", "ppo"])
+def test_both_updates_look_back_at_the_policy_that_sampled(method, group, folder, monkeypatch):
+    """The second update's ratio is to pi_t, not to itself: else nothing is ever clipped."""
+    seen, ppo_loss, rebel_loss = [], baselines.ppo_loss, baselines.rebel_loss
+
+    def clipped(logp, old_logp, *more):
+        seen.append((logp - old_logp).abs().max().item())
+        return ppo_loss(logp, old_logp, *more)
+
+    def paired(logratio, rewards):
+        seen.append(logratio.abs().max().item())
+        return rebel_loss(logratio, rewards)
+
+    monkeypatch.setattr(baselines, "ppo_loss", clipped)
+    monkeypatch.setattr(baselines, "rebel_loss", paired)
+    step(folder, method, 10_000)
+    assert len(seen) == 2 and seen[0] < 1e-5 and seen[1] > 1e-2
 
 
 def test_rebels_pairs_stay_together(group):
@@ -397,11 +417,17 @@ def test_gradient_noise_of_parts_that_are_known(group, folder):
     difference = 2 * of_a["signal"] + 2 * of_b["signal"] - 4 * mean
     assert mixed["noise"] == pytest.approx(difference / 4 / 15, rel=1e-4)
     assert all(p.grad is None for p in policy.parameters())
+    # In units in which it is the policy gradient of r - V*, as pi is pi_ref here.
+    [batch] = train_online.micro_batches(a, args, "cpu")
+    logp = train_online.losses.sequence_logprob(policy(**batch.inputs), batch.lengths)
+    ((batch.rewards - batch.v_star) * logp).mean().backward()
+    grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
+    assert of_a["signal"] == pytest.approx(torch.cat(grads).square().sum().item(), rel=1e-4)
 
 
 def test_fewer_samples_are_the_first_ones(tmp_path):
     source, to = tmp_path / "values.json", tmp_path / "values-2.json"
-    prompts = [{"id": "a", "rewards": [1.0, 0.0, 1.0], "lengths": [3, 4, 5], "v_star": 9.0}]
+    prompts = [{"id": "a", "rewards": [1.0, 0.0, 0.0], "lengths": [3, 4, 5], "v_star": 9.0}]
     problems.write_json(source, {"header": {"beta1": 0.5}, "prompts": prompts})
     ablate.fewer_samples(source, to, 2)
     told = problems.read_json(to, *ablate.VALUES)

@@ -286,7 +286,7 @@ def test_numbers_out_of_range(value):
     with pytest.raises(UserError, match="--batch-size"):
         problems.check_args(SimpleNamespace(out="o", batch_size=value))
     problems.check_args(
-        SimpleNamespace(out="o", batch_size=1, seed=-1, name="", flag=False, none=None)
+        SimpleNamespace(out="o", batch_size=1, seed=0, name="", flag=False, none=None)
     )
 
 
