@@ -326,6 +326,8 @@ def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     if letters[0] != letters[1] or _WORDS.search(gold) or _WORDS.search(pred):
         return False
     a, b = _number(gold), _number(pred)
+    if (a is None) != (b is None) and "." not in gold + pred and _surd(gold if b else pred):
+        return False
     if None in (a, b) or (("." in gold) != ("." in pred) and a.denominator > 1 < b.denominator):
         return verify(gold, pred)
     return a == b
@@ -345,6 +347,15 @@ def _number(text: str) -> Fraction | None:
     text = re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
     plain = re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+))(?:/0*([1-9]\d*))?", text)
     return Fraction(plain[1]) / int(plain[2] or 1) if plain else None
+
+
+def _surd(text: str) -> bool:
+    """Tell a value that is rational but for one root, pi or i, and hence no rational number."""
+    rest, *found = re.split(r"(\\sqrt\{[1-9]\d*\}|\\pi|i)", text)
+    root = int("0" + re.sub(r"\D", "", found[0] if found else ""))
+    plain = re.fullmatch(r"(?:\\frac|\\cdot|[-+\d{}()/])*", rest + "".join(found[1:]))
+    squares = math.isqrt(root) ** 2 == root > 0 or re.search(r"(?<!\d)0(?!\d)", text)
+    return bool(found and plain and not squares)
 
 
 @functools.lru_cache(10_000)

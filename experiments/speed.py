@@ -529,7 +529,7 @@ def measure_steps(bench: Bench, tell: Callable[[str], None]) -> dict:
     tell(
         f"\nA step, {args.steps} of them: {len(lengths) // args.steps} responses of "
         f"{drawn * args.steps / len(lengths):.0f} tokens, {fed:.0f} tokens fed, "
-        f"{2 * flops / 1e12:.4f}e12 FLOPs a forward; "
+        f"{flops / 1e12:.4f}e12 FLOPs a forward; "
         f"a matrix product runs at {bench.rate / 1e12:.3f} TFLOP/s"
     )
     for line in table(rows):

@@ -106,6 +106,25 @@ def test_lists_have_no_order_and_tuples_do(numbers: list[int], random) -> None:
     assert reward(boxed(f"{text}, 100"), text) == 0
 
 
+@pytest.mark.parametrize(
+    ("gold", "box", "equal"),
+    [
+        ("5", r"16\sqrt{3}", 0),
+        ("63", "6+9i", 0),
+        (r"\frac{20000}{\pi}", "8", 0),
+        ("2", r"\sqrt{4}", 1),
+        ("-1", r"e^{i\pi}", 1),
+        ("-1", "i^2", 1),
+        ("6", "6+0i", 1),
+        ("3.14159", r"\pi", 1),
+        (r"2\sqrt5", r"\sqrt{20}", 1),
+    ],
+)
+def test_roots_pi_and_i_beside_plain_numbers(gold: str, box: str, equal: int) -> None:
+    """Most wrong answers to a number are told from it without the algebra; no right one may be."""
+    assert reward(boxed(box), gold) == equal
+
+
 @pytest.mark.parametrize("hundredths", [1, 5, 12.5, 50, 99, 150])
 def test_percent_is_ignored_or_a_hundredth(hundredths: float) -> None:
     number, share = str(hundredths), str(hundredths / 100)
