@@ -44,7 +44,7 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
 
 
 def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
 ) -> Tensor:
     """ln softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,).
 

@@ -564,14 +564,16 @@ def sample(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, waiting = llm.llm_engine, deque()
-    params["output_kind"] = RequestOutputKind.FINAL_ONLY
+    engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), deque()
+    params |= {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
+    params |= {"detokenize": False}  # a text at once, below, is cheaper than token by token
     for i, (ids, seed, _) in enumerate(jobs):
         wanted = SamplingParams(**params, seed=seed)
         engine.add_request(str(i), {"prompt_token_ids": ids}, wanted)
     while engine.has_unfinished_requests() and not stop:
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
+            done.text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
             grade = submit(done.text if done.finish_reason == "stop" else "", jobs[i][2])
             waiting.append((i, done, grade))
         while waiting and waiting[0][2].done():
