@@ -8,7 +8,6 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 """
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -32,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     sets = "math500,minerva,olympiadbench,amc23"
     add("--benchmarks", default=sets, help="names or files, with commas")
     add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
-    add("--temperature", type=float, help="(default: 0, greedy, for one sample, else 1)")
+    add("--temperature", type=float, help="None: 0, greedy, for one sample, else 1")
     add("--top-p", type=float, default=1.0, help="nucleus of sampling")
     add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
     add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
@@ -48,22 +47,24 @@ def parse_args() -> argparse.Namespace:
 def score(records: list[dict]) -> dict:
     """Sum up one benchmark's samples {"id", "reward", "answer", "output", "finished", "tokens"}.
 
-    Fractions between 0 and 1, means over problems of means over samples, `stderr` over problems.
-    `mean_any_end` waives the rule that a response without EOS earns 0: base models ramble on.
+    Fractions between 0 and 1. `mean` and pass@k are means over problems, `stderr` is over problems;
+    the rest is over samples. `mean_any_end` waives the rule that a response without EOS earns 0,
+    since base models ramble on.
     """
     by_problem, cut = defaultdict(list), [r for r in records if not r["finished"]]
     for record in records:
         by_problem[record["id"]].append(record["reward"])
     rewards, average = list(by_problem.values()), statistics.mean
     means, n = [average(r) for r in rewards], min(map(len, rewards))
-    passed = {k: [pass_at_k(len(r), round(sum(r)), k) for r in rewards]
+    passed = {k: [pass_at_k(len(r), sum(x > 0 for x in r), k) for r in rewards]
               for k in sorted({2**i for i in range(n.bit_length())} | {n})}  # fmt: skip
     waived = problems.grade([r["output"] for r in cut], [r["answer"] for r in cut])
+    ended = sum(r["reward"] for r in records if r["finished"])
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     told = {"num_problems": len(means), "num_samples": n, "mean": average(means), "stderr": error}
     told |= {"pass_at_k": {str(k): average(values) for k, values in passed.items()}}
     told |= {"truncated": len(cut) / len(records), "tokens": average(r["tokens"] for r in records)}
-    return told | {"mean_any_end": (sum(r["reward"] for r in records) + sum(waived)) / len(records)}
+    return told | {"mean_any_end": (ended + sum(waived)) / len(records)}
 
 
 def table(benchmarks: dict[str, dict]) -> str:
@@ -84,7 +85,7 @@ def grade_file(path: Path) -> dict:
     rows, summary = problems.read_rows(path), path.with_name("summary.json")
     if summary.exists():  # samples of ours: are they as they were saved?
         saved = problems.read_json(summary, "benchmarks", "sha256")["benchmarks"].get(path.stem)
-        if saved and saved["samples_sha256"] != sha256(path):
+        if saved and saved["samples_sha256"] != problems.file_sha256(path):
             print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
     types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
     for i, row in enumerate(rows):
@@ -97,11 +98,6 @@ def grade_file(path: Path) -> dict:
     said = [row["output"] if row["finished"] else "" for row in rows]
     rewards = problems.grade(said, [row["answer"] for row in rows])
     return score([row | {"reward": r} for row, r in zip(rows, rewards, strict=True)])
-
-
-def sha256(path: Path) -> str:
-    """Hash a file of samples."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> None:
@@ -133,7 +129,7 @@ def main() -> None:
         done = saved["benchmarks"]
     identities = {k: {"rows_sha256": problems.content_sha256({"rows": v})} for k, v in sets.items()}
     for name in sets.keys() & done.keys():
-        ours = identities[name] | {"samples_sha256": sha256(out / f"{name}.jsonl")}
+        ours = identities[name] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{name} in {out}", done[name], ours)
     sets = {name: rows for name, rows in sets.items() if name not in done}
     llm = problems.start_engine(args, context, seed=args.seed) if sets else None
@@ -146,8 +142,9 @@ def main() -> None:
         how |= {"temperature": float(n > 1)} if args.temperature is None else {}
         records = problems.sample_all(llm, rows, n, file, header | identities[name], args, **how)
         if dist.get_rank() == 0:
+            done[name] = score(records) | identities[name]  # while the partial files are there
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
-            done[name] = score(records) | identities[name] | {"samples_sha256": sha256(file)}
+            done[name] |= {"samples_sha256": problems.file_sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
         dist.barrier()
     if dist.get_rank() == 0:

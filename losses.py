@@ -30,8 +30,8 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
 
     The mean reward for beta1 = inf, the best of the N as beta1 -> 0. Computed in float64 with the
     maximum m taken out, m + beta1 log1p(mean(expm1((r - m) / beta1))): exp(1 / beta1) cannot
-    overflow, and at a large beta1 the logarithm of nearly 1 keeps its digits. Floating rewards keep
-    their dtype, others give float32. Raises ValueError unless beta1 > 0 and N >= 1.
+    overflow, and at a large beta1 the logarithm of nearly 1 keeps its digits. Rewards of 32 or 64
+    bits keep their dtype, others give float32. Raises ValueError unless beta1 > 0 and N >= 1.
     """
     if not beta1 > 0 or rewards.ndim != 2 or rewards.shape[1] == 0:
         shape = tuple(rewards.shape)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any, TextIO
 
 
@@ -188,17 +189,12 @@ def reward(response: str, answer: Any, verify: Callable[[str, str], bool] | None
     parser of math-verify, but not its `verify`, which takes what is close for equal.
     """
     gold = check_answer(answer)
-    box = final_box(response)
+    box = last_box(response.rpartition("</think>")[2].partition("<think>")[0])
     if box is None or len(box) > 1000 or len(gold) > 1000 or _HOPELESS.search(box):
         return float(box == gold)  # no right answer is so long, and all that follows is fast
     gold, box, verify = _tidy(gold), _tidy(box), verify or _verify
     shares = ["", "/100"] if ("%" in gold) != ("%" in box) else [""]
     return float(any(_same(gold.replace("%", s), box.replace("%", s), verify) for s in shares))
-
-
-def final_box(response: str) -> str | None:
-    """Cut out what the last balanced box after any thinking holds; None if there is none."""
-    return last_box(response.rpartition("</think>")[2].partition("<think>")[0])
 
 
 def check_answer(answer: Any) -> str:
@@ -413,20 +409,14 @@ def submit(response: str, answer: Any) -> Future:
     an algebra system can hang or eat all memory, and only a process can be killed. An answer that
     cannot be graded gives 0.0 and is counted.
     """
-    try:
-        return _graded(os.getpid(), final_box(response), check_answer(answer))
-    except ValueError:
-        _counts["ungradable"] += 1
-        return _graded(os.getpid(), None, "0")
-
-
-@functools.lru_cache(20_000)  # samples of one problem end in few different boxes
-def _graded(pid: int, box: str | None, answer: str) -> Future:
-    verdict, response = Future(), "" if box is None else rf"\boxed{{{box}}}"
+    verdict = Future()
     try:
         verdict.set_result(reward(response, answer, _undecided))
     except _Undecided:
-        verdict = _pool(pid).submit(_ask_worker, json.dumps([response, answer]))
+        verdict = _pool(os.getpid()).submit(_ask_worker, json.dumps([response, answer]))
+    except ValueError:
+        _counts["ungradable"] += 1
+        verdict.set_result(0.0)
     return verdict
 
 
@@ -443,7 +433,7 @@ def grading_counts() -> dict[str, int]:
 
 @functools.cache
 def _pool(pid: int) -> ThreadPoolExecutor:
-    """Start this process's threads: more than cores, as some wait for what hangs."""
+    """Start the threads of this process, or of a fork: more than cores, as some wait in vain."""
     return ThreadPoolExecutor(min(16, os.cpu_count() + 2))
 
 
@@ -451,7 +441,7 @@ def _ask_worker(line: str, retry: bool = True) -> float:
     """Ask this thread's worker; one that died, perhaps while idle, has a successor."""
     if not hasattr(_mine, "worker"):
         command = [sys.executable, __file__, "--grade-worker"]
-        _mine.worker = subprocess.Popen(command, text=True, stdin=-1, stdout=-1, stderr=-3)
+        _mine.worker = subprocess.Popen(command, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
     with contextlib.suppress(BrokenPipeError):
         print(line, file=_mine.worker.stdin, flush=True)
         if reply := _mine.worker.stdout.readline():
@@ -469,6 +459,8 @@ def _work() -> None:
 
     The kernel's alarm kills the worker over a pair that takes too long, in whatever code it hangs.
     """
+    import latex2sympy2_extended  # noqa: F401 (without it the worker dies, and is counted)
+
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     # the parser is slow until it has learned
@@ -489,7 +481,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, ArithmeticError) as error:  # a full disk, a loss that is NaN
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
+        if os.environ.get("RANK", "0") == "0" or error.__cause__ or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
@@ -684,9 +676,7 @@ def read_json(path: str | Path, *keys: str) -> Any:
         document = json.loads(Path(path).read_text("utf-8"))
         lacks = [key for key in keys if key not in document]
     if lacks or (keys and document["sha256"] != content_sha256(document)):
-        raise UserError(
-            f"{path} is damaged or edited: {lacks or 'sha256'} is not as it was written"
-        )
+        raise UserError(f"{path} is damaged or edited: {lacks or 'sha256'} is not as written")
     return document
 
 
@@ -704,16 +694,18 @@ def content_sha256(document: dict) -> str:
 
 def folder_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a model: weights (in full), config, tokenizer, trainer state."""
-    hashes = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"):
-        with open(path, "rb") as file:
-            name = str(path.relative_to(folder))
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identify(args: Any, *free: str) -> dict:
-    """All that decides what is sampled: arguments, prompt, and the model's files (rank 0 reads)."""
+    """Arguments, prompt and the model's files (rank 0 reads): what decides what is sampled."""
     from torch import distributed as dist
 
     free += ("out", "gpu_memory_utilization", "tensor_parallel_size")

@@ -50,7 +50,7 @@ STOP: list[int] = []  # the signal that asks the run to stop
 def parse_args() -> argparse.Namespace:
     """Read the command line; the published MATH run needs no flag."""
     style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     add = parser.add_argument
     add("--values", default="values/math.json", help="stage 1's file")
     add("--out", default="runs/math", help="folder of the run")
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="prompts per rollout")
     add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
     add("--updates-per-batch", type=int, default=2, help="updates per rollout; 1 is on-policy")
-    add("--beta1", type=float, help="recompute V* with this beta1 (default: the values file's)")
+    add("--beta1", type=float, help="recompute V* with this beta1; None: the values file's")
     add("--beta2", type=float, default=1e-3, help="strength of the KL term")
     add("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant")
     add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
     add("--eval-dataset", help="measure greedy accuracy on it while training")
     add("--eval-every", type=int, default=50, help="steps between evaluations")
-    add("--model", help="reference pi_ref (default: the values file's, as for the next three)")
+    add("--model", help="pi_ref; None: the values file's, and so for the next three")
     add("--temperature", type=float, help="of sampling and of ln pi")
     add("--max-prompt-tokens", type=int, help="longest prompt, in tokens")
     add("--max-tokens", type=int, help="longest response, in tokens")
@@ -142,7 +142,10 @@ def rollout(
     mine = asked[rank // tp :: world // tp]
     jobs = [(prompt["prompt_ids"], seed, prompt["answer"]) for prompt, seed in mine]
     options = {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
-    drawn = problems.sample(llm, jobs, stop, lap, temperature=temperature, **options)
+    # Engines of one group must end together.
+    drawn = problems.sample(
+        llm, jobs, stop if tp == 1 else (), lap, temperature=temperature, **options
+    )
     drawn = [{"prompt": mine[i][0], "ids": list(out.token_ids), "reward": reward,
               "sampler_logp": list(out.logprobs.logprobs),
               "finished": out.finish_reason == "stop"}
@@ -240,7 +243,8 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             need = 2.01 * (beside / "model.safetensors").stat().st_size
             if state and shutil.disk_usage(beside).free < need:  # torch.save would not say why
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            torch.save(state, beside / "trainer.pt")
+            if state:
+                torch.save(state, beside / "trainer.pt")
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)
             os.sync()
@@ -266,8 +270,8 @@ def whole_step(folder: Path) -> int:
     return 0
 
 
-def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int]:
-    """Take OUT for this process alone; returns its metrics file and the step to continue after."""
+def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int | None]:
+    """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
     out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
     identity["values_sha256"] = header["values_sha256"]
@@ -275,12 +279,13 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
     if (out / "config.json").exists():
         saved = problems.read_json(out / "config.json", "sha256")
         problems.refuse_difference(f"the run in {out}", saved, identity)
-        if (step := whole_step(out / "final")) >= args.num_steps:
-            return metrics, step
+        if whole_step(out / "final") >= args.num_steps:
+            return metrics, None
         for folder in step_folders(out / "checkpoints"):
             if step := whole_step(folder):
                 break
             print(f"{folder} is damaged: going back to the one before it", file=sys.stderr)
+            shutil.rmtree(folder)
     problems.write_json(out / "config.json", vars(args) | identity)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
@@ -326,7 +331,7 @@ def least_squares(
     with torch.no_grad():
         for batch in itertools.chain(*updates):
             batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
-    ref.reshard()
+    ref.reshard()  # FSDP's root stays whole after a forward without backward
     lap()
     # 5. least squares
     sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
@@ -355,7 +360,10 @@ def least_squares(
 def train(
     args: argparse.Namespace, header: dict, prompts: list[dict], learn: Callable = least_squares
 ) -> None:
-    """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/)."""
+    """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/).
+
+    `learn` takes and returns what `least_squares` does, and calls `lap` once, before its updates.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # the first lets the last step be saved
         signal.signal(number, lambda n, frame: os._exit(128 + n) if STOP else STOP.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -364,7 +372,7 @@ def train(
     identity = problems.identify(args, *FREE_ON_RESUME)
     metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
-    if (done := box[0]) >= args.num_steps:
+    if (done := box[0]) is None:
         return
     # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt
     # is asked once, and a resumed run must start as cold as an uninterrupted one.
@@ -398,7 +406,7 @@ def train(
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
 
-    saved = done
+    saved, responses = done, ["not asked yet"]
     for step in range(done + 1, args.num_steps + 1):
         clock = [time.perf_counter()]
         # 1. x ~ D
@@ -448,7 +456,7 @@ def train(
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step
     else:
-        save(out / "final", args.num_steps, policy, None, args)
+        save(out / "final", max(done, args.num_steps), policy, None, args)
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
     if not responses:
         sys.exit(128 + STOP[0])

@@ -87,7 +87,7 @@ def slay(process: subprocess.Popen) -> None:
 STEPS = 44
 TRAIN = f"""--num-steps {STEPS} --batch-size 6 --updates-per-batch 2 --samples-per-prompt 2
 --lr 1e-4 --beta2 0.1 --save-every 2 --eval-every 5 --micro-batch-tokens 500"""
-SAMPLES = 64  # of each problem in stages 1 and 3: the engine holds 256 at once, so it takes a while
+SAMPLES = 500  # of each problem in stages 1 and 3: drawing them must outlast the kills
 
 
 def steps_told(out: Path) -> int:
@@ -223,7 +223,7 @@ def kill_training(start: tuple, out: Path, moments: list[str], chance: random.Ra
         process = spawn(*start)
         try:
             if moment == "start":
-                time.sleep(chance.uniform(0, 10))
+                time.sleep(chance.uniform(0, 7))
             elif moment == "write":
                 ready = lambda: checkpoints(out) and being_written(out, begun)  # noqa: E731, B023
                 wait_until(ready, process, STARTS)
@@ -257,7 +257,7 @@ def kill_drawing(start: tuple, out: Path, moments: list[str], chance: random.Ran
         process = spawn(*start)
         try:
             if moment == "start":
-                time.sleep(chance.uniform(0, 10))
+                time.sleep(chance.uniform(0, 7))
             else:
                 goal = before + chance.randint(1, 120)
                 wait_until(lambda: count_records(out) >= goal, process, STARTS)  # noqa: B023

@@ -444,8 +444,7 @@ def test_a_thousand_pairs_of_which_twenty_are_pathological() -> None:
 def test_all_stages_use_this_reward() -> None:
     """Stages 1 to 3 get their rewards from problems.sample, which submits; none defines its own."""
     assert "submit(" in inspect.getsource(problems.sample)
-    assert "_graded(" in inspect.getsource(problems.submit)
-    assert "reward(" in inspect.getsource(problems._graded)
+    assert "reward(" in inspect.getsource(problems.submit)
     assert "sample(" in inspect.getsource(problems.sample_all).partition(":")[2]
     for name in ("offline_value.py", "train_online.py", "evaluate.py"):
         source = (HERE.parent / name).read_text("utf-8")
