@@ -229,7 +229,7 @@ _RULES = [  # in this order, each with the case that demands it
     (r"\\\$ *([\d,.{}\\!]*\d)", r"\1\\text{dollar}"),  # \$18.90
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\?\$|\\[()!]", ""),  # \left(
     (r"\\[dtc]frac", r"\\frac"),
-    (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname)(?![a-z])", r"\\text"),
+    (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname|boldsymbol)(?![a-z])", r"\\text"),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
     (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
     (r"\\([lg])eq?(slant)?(?![a-z])", lambda m: "≤≥"[m[1] == "g"]),
@@ -239,7 +239,7 @@ _RULES = [  # in this order, each with the case that demands it
     (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
     (r"(\d*\.\d*)\\overline *\{(\d+)\}", lambda m: (m[1] + m[2] * 15)[:15]),  # 0.\overline{3}
     (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", "%"),  # 50 percent
-    (r"\^ *\{? *\\circ *\}?|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
+    (r"\^ *(\\circ|\{ *\\circ *\})|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
     (r"\\approx", "="),  # x \approx 2.45
     (r"(^|[,(\[])[ =+]+|( |[.,;:]|\\\\)+$", r"\1"),  # 5., [0, +\infty)
     (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
@@ -249,14 +249,14 @@ _RULES = [  # in this order, each with the case that demands it
     (r"^\\\{ *[a-z] *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)", ""),  # {x : 0 <= x <= 1}
     (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
     # a matrix is the tuple of its rows
-    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|\w*matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
+    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|[pbB]?matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
     (r"\\\\", "),("),
     (r"(?<![\d.^])(\d+) *(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)(?! *([a-z(]|\\(?!text)))",
      r"(\1+\2)"),  # 4 2/3
-    (r"(?<![\d.,{])\d{1,3}((\{,\}|[ ,])\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
+    (r"(?<![\d.,{])[1-9]\d{0,2}((\{,\}|[ ,])\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
      lambda m: re.sub(r"\D", "", m[0])),  # 1,234 and 24{,}000, but (1,234) is a point
     (r"([a-zA-Z] (?=[a-zA-Z])|\d (?=\d))| |\\[{}]", r"\1"),  # {1, 2}
-    (r"(^|,)([^,]*?)\\pm([^,]*?)(?=,|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
+    (r"(^|,)([^,]*?)\\pm(?!od)([^,]*?)(?=,|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
     (r"([^,>≥]+)([>≥])([^,>≥]+)(?:([>≥])([^,>≥]+))?",
      lambda m: "".join(filter(None, m.groups()[::-1])).replace(">", "<").replace("≥", "≤")),
     (r"(^|,)([a-zA-Z]|\\theta)(?=[<≤])", r"\1-\\infty<\2"),  # x < 2
@@ -265,10 +265,10 @@ _RULES = [  # in this order, each with the case that demands it
      lambda m: f"{'(['[m[2] == '≤']}{m[1]},{m[4]}{')]'[m[3] == '≤']}"),
     (r"(^|(?<=[(,]))[({]([^(){},]*)[)}](?=$|[,)])", r"\2"),  # (C)
 ]  # fmt: skip
-_NAMED = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|[^\d_=])*+)=)?(.*)")
+_NAMED = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|(?<=\w)\([-\d,]+\)|[^\d_=])*+)=)?(.*)")
 _UNITS = dict(square="2", sq="2", cubic="3", feet="ft", foot="ft", inch="in", inche="in", meter="m",
               centimeter="cm", kilometer="km", second="s", hour="h", usd="dollar")  # fmt: skip
-_NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|million|billion|dozen)\b")
+_NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|[mbt]r?illion|dozen)s?\b")
 # Nothing for math-verify, which reads words as products of letters, 1:58 as 1/58 and 3 5 as 8.
 _WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:|\b\d+ \d")
 
@@ -292,7 +292,7 @@ def _split(text: str) -> list[str]:
 def _members(text: str) -> tuple[str, list[str]]:
     """Take apart a list, of kind "", or a tuple or an interval, whose kind are its brackets."""
     parts = _split(text)
-    if len({part.split("=")[0] for part in parts if "=" in part}) == len(parts) > 1:
+    if len({re.split("[_=]", part)[0] for part in parts if "=" in part}) == len(parts) > 1:
         return "()", sorted(parts)  # x = 1, y = 2
     inner = _split(text[1:-1]) if re.fullmatch(r"[(\[][^=]*[)\]]", text) else []
     return (text[0] + text[-1], inner) if len(inner) > 1 == len(parts) else ("", parts)
@@ -300,7 +300,7 @@ def _members(text: str) -> tuple[str, list[str]]:
 
 def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     """Compare part by part; `verify` is asked about what neither text nor plain numbers decide."""
-    if gold.casefold() == pred.casefold():
+    if gold == pred or (gold.replace(" ", "").isalnum() and gold.casefold() == pred.casefold()):
         return True
     (kind, golds), (pred_kind, preds) = _members(gold), _members(pred)
     if any("=" in parts[0] and len(parts) == 1 for parts in (golds, preds)):
@@ -318,7 +318,7 @@ def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     (gold, unit), (pred, pred_unit) = _part_unit(gold), _part_unit(pred)
     if unit or pred_unit:
         return (unit == pred_unit or not (unit and pred_unit)) and _same(gold, pred, verify)
-    letters = [set(re.sub(r"\\[a-z]+|[^a-df-hj-z]", "", text.lower())) for text in (gold, pred)]
+    letters = [set(re.sub(r"\\[a-zA-Z]+|[^a-df-hj-zA-Z]", "", text)) for text in (gold, pred)]
     if letters[0] != letters[1] or _WORDS.search(gold) or _WORDS.search(pred):
         return False
     a, b = _number(gold), _number(pred)
@@ -331,12 +331,13 @@ def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
 
 def _part_unit(text: str) -> tuple[str, list[str]]:
     """Part a value from the words of its unit: 5\\text{ square feet} is 5 and [2, ft]."""
-    word = r"(?:\\text *\{[^{}]+\}(?:\^\{?-?\d\}?)?[/CF]*(?:\\cdot)?)+"
+    word = r"(?:\\text *\{[(/]?[a-zA-Z][^{},+!]*\}(?:\^\{?-?\d\}?)?[/CF]*(?:\\cdot)?)+"
     found = re.fullmatch(rf"(.*?[\d\\].*?)({word})", text)
     if not found or _NO_UNIT.search(text):
         return text, []
     unit = re.sub(r"\\text|\\cdot|\.|\bper\b|(?<=[a-z]{2})s\b", "", found[2].lower())
-    return found[1], sorted(_UNITS.get(word, word) for word in re.findall(r"[a-z]+|\d", unit))
+    unit = re.sub(r"(square|sq|cubic) +([a-z]+)", r"\2 \1", unit)
+    return found[1], [_UNITS.get(word, word) for word in re.findall(r"[a-z]+|\d", unit)]
 
 
 def _number(text: str) -> Fraction | None:
@@ -357,11 +358,13 @@ def _surd(text: str) -> bool:
 @functools.lru_cache(10_000)
 def _parse(text: str) -> Any:
     """Read a value with math-verify's parser, and l = r as l - r; raises if it is not all read."""
-    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from sympy import Float, I, Rational
 
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi)(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
-    left, *right = (latex2sympy(f"({side})") for side in text.split("="))  # (): to the end or not
+    case = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
+    sides = text.split("=", 1)  # of three, a = b = c is not a - b - c = 0
+    left, *right = (latex2sympy(f"({side})", conversion_config=case) for side in sides)  # (): all
     tree = left - sum(right)
     exact = {number: Rational(str(number)) for number in tree.atoms(Float)}
     return tree.xreplace(exact | {name: I for name in tree.free_symbols if name.name == "i"})
@@ -381,7 +384,7 @@ def _verify(gold: str, pred: str) -> bool:
             return str(x.n(6)) == str(y.n(6))
         factor = x / y if "=" in gold else 1
         close = (x.is_finite and abs(x - factor * y) <= abs(x) / 10**300 for x, y in values)
-        return a == b or all(close)
+        return a == b or (a.is_zero and b.is_zero) or all(close)
     except Exception:  # whatever a parser or an algebra system raises, the box is not shown right
         return False
 
