@@ -249,7 +249,7 @@ _RULES = [  # in this order, each with the case that demands it
     (r"^\\\{ *[a-z] *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)", ""),  # {x : 0 <= x <= 1}
     (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
     # a matrix is the tuple of its rows
-    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|[pbB]?matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
+    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|[pb]?matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
     (r"\\\\", "),("),
     (r"(?<![\d.^])(\d+) *(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)(?! *([a-z(]|\\(?!text)))",
      r"(\1+\2)"),  # 4 2/3

@@ -212,9 +212,7 @@ def sync(llm: Any, policy: Policy) -> None:
 # The run's folder: every file whole or absent
 
 
-WHOLE = state_dict.StateDictOptions(
-    full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True
-)
+WHOLE = state_dict.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
 
 
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
@@ -426,8 +424,7 @@ def train(
         # 4. ln pi_ref(y|x) and 5. least squares
         loss, logratio, kl, norm, gap = learn(policy, ref, optimizer, responses, args, lap)
         if not math.isfinite(loss + norm):
-            what = f"the loss is {loss}, its gradient's norm {norm}; {saved} steps are saved"
-            raise ArithmeticError(f"step {step}: {what}")
+            raise ArithmeticError(f"step {step}: loss {loss}, norm {norm}; {saved} steps are saved")
         lap()
 
         # 6. pi_t+1 into the engine
@@ -457,6 +454,8 @@ def train(
             saved = step
     else:
         save(out / "final", max(done, args.num_steps), policy, None, args)
+    if rank == 0:
+        print("grading:", problems.grading_counts())
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
     if not responses:
         sys.exit(128 + STOP[0])
