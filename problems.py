@@ -322,7 +322,7 @@ def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     if letters[0] != letters[1] or _WORDS.search(gold) or _WORDS.search(pred):
         return False
     a, b = _number(gold), _number(pred)
-    if (a is None) != (b is None) and "." not in gold + pred and _surd(gold if b else pred):
+    if (a is None) != (b is None) and "." not in gold + pred and _surd(gold if a is None else pred):
         return False
     if None in (a, b) or (("." in gold) != ("." in pred) and a.denominator > 1 < b.denominator):
         return verify(gold, pred)

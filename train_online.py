@@ -238,10 +238,10 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
             problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
-            need = 2.01 * (beside / "model.safetensors").stat().st_size
-            if state and shutil.disk_usage(beside).free < need:  # torch.save would not say why
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if state:
+                need = 2.01 * (beside / "model.safetensors").stat().st_size
+                if shutil.disk_usage(beside).free < need:  # torch.save would not say why
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 torch.save(state, beside / "trainer.pt")
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)
