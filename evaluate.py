@@ -104,8 +104,6 @@ def main() -> None:
     """Sample, grade, save, sum up."""
     args = parse_args()
     problems.check_args(args, "num_samples", "limit", "temperature")
-    if args.top_p > 1:
-        raise problems.UserError(f"--top-p {args.top_p} is out of range")
     if args.grade:
         return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
     sets, out, done = {}, Path(args.out), {}
@@ -119,7 +117,7 @@ def main() -> None:
     context = min(problems.context_length(args.model), LONGEST_PROMPT + args.max_tokens)
     if args.max_tokens >= context:
         raise problems.UserError(f"--max-tokens {args.max_tokens}: {args.model} reads {context}")
-    problems.launch()
+    problems.launch(args.tensor_parallel_size)
     import torch.distributed as dist
 
     header = problems.identify(args, "benchmarks", "grade")
@@ -130,7 +128,7 @@ def main() -> None:
     identities = {k: {"rows_sha256": problems.content_sha256({"rows": v})} for k, v in sets.items()}
     for name in sets.keys() & done.keys():
         ours = identities[name] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
-        problems.refuse_difference(f"{name} in {out}", done[name], ours)
+        problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
     sets = {name: rows for name, rows in sets.items() if name not in done}
     llm = problems.start_engine(args, context, seed=args.seed) if sets else None
     for name, rows in sets.items():
@@ -146,6 +144,8 @@ def main() -> None:
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
             done[name] |= {"samples_sha256": problems.file_sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
+            for path in problems.partials(file):
+                path.unlink()
         dist.barrier()
     if dist.get_rank() == 0:
         print(table(done), "grading:", problems.grading_counts(), sep="\n")

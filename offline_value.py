@@ -60,7 +60,7 @@ def main() -> None:
     every = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows = problems.split_gradable(args.dataset, every, "is dropped")
     problems.check_context(args)
-    problems.launch()
+    problems.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     import torch
     import torch.distributed as dist
@@ -103,6 +103,8 @@ def main() -> None:
         header |= {"pass_at_1": (rewards > 0).double().mean().item()}
         header |= {"pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}
         problems.write_json(out, {"header": header, "prompts": prompts})
+        for path in problems.partials(out):
+            path.unlink()
         print(summary(header, prompts))
     dist.barrier()
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well

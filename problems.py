@@ -18,7 +18,7 @@ import os
 import re
 import resource
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import zlib
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any, TextIO
 
 
@@ -41,8 +41,8 @@ def explain(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the hub, datasets and safetensors each raise a dozen types
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise kind(f"{what}: {cause}") from error
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{what}: {cause:.400}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
         elif name == "gsm8k":
             answer = str(answer).split("####")[-1].strip()
         if path.suffix and row.get("id") is not None:
-            key = str(row["id"])
+            key = str(row["id"]).encode(errors="replace").decode()
         if key in problems:
             raise UserError(f"{where}: its id {key!r} is also that of a row before it")
         question = question.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
@@ -192,19 +192,16 @@ def reward(response: str, answer: Any, verify: Callable[[str, str], bool] | None
     box = last_box(response.rpartition("</think>")[2].partition("<think>")[0])
     if box is None or len(box) > 1000 or len(gold) > 1000 or _HOPELESS.search(box):
         return float(box == gold)  # no right answer is so long, and all that follows is fast
-    gold, box, verify = _tidy(gold), _tidy(box), verify or _verify
-    shares = ["", "/100"] if ("%" in gold) != ("%" in box) else [""]
-    return float(any(_same(gold.replace("%", s), box.replace("%", s), verify) for s in shares))
+    pairs = {tuple(_tidy(text).replace("%", by) for text in (gold, box)) for by in ("", "/100")}
+    return float(any(_same(*pair, verify or _verify) for pair in pairs))
 
 
 def check_answer(answer: Any) -> str:
-    """Return an answer as text; ValueError says why it cannot be graded."""
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(f"neither a string nor a number but {answer!r:.60}")
+    """Return an answer as text; ValueError if it is neither text nor number, empty or broken."""
     text = last_box(str(answer)) or str(answer)
-    empty = not text.strip(" \t\r\n$.") or text in ("nan", "inf", "-inf")
-    if empty or last_box(rf"\boxed{{{text}}}") != text:
-        raise ValueError(f"nothing to compare or unbalanced braces in {answer!r:.60}")
+    bare = type(answer) in (str, int, float) and text.strip(" \t\r\n$.")
+    if bare in (False, "", "nan", "inf", "-inf") or last_box(rf"\boxed{{{text}}}") != text:
+        raise ValueError(f"no text or number, empty, or of unbalanced braces: {answer!r:.60}")
     return text
 
 
@@ -221,172 +218,137 @@ def last_box(text: str) -> str | None:
 
 # Brackets ten deep, and numbers too large to compute: compared as text.
 _HOPELESS = re.compile(r"([({[][^](){}[]*){10}|(\^\{[^{}]*){2}\^|\d{5} *!|!!|\\binom\D*\d{6}")
-_LETTERS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "½": r"\frac12", "√": r"\sqrt ",
-            "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "°": r"^\circ ", "≤": r"\le ",
-            "≥": r"\ge ", "&": ","}  # fmt: skip
-_BARE = r"[a-zA-Z]{4,}|[ckm]m|kg|ft|in|mph|m/s|[aApP]\.?[mM]\.?"  # where x is none
-_RULES = [  # in this order, each with the case that demands it
-    (r"\\\$ *([\d,.{}\\!]*\d)", r"\1\\text{dollar}"),  # \$18.90
-    (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|\\?\$|\\[()!]", ""),  # \left(
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\((math|text)(rm|bf|it|sf|normal)|mbox|operatorname|boldsymbol)(?![a-z])", r"\\text"),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
-    (r"\\text *\{ *([ei]|[\dA-Z]*\d[\dA-Z]*) *\}", r"\1"),  # 5\mathrm{i} has no unit
-    (r"\\([lg])eq?(slant)?(?![a-z])", lambda m: "≤≥"[m[1] == "g"]),
-    (r"\\frac *(?:(\w)|\{([^{}]*)\}) *(?:(\w)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),  # \frac12
-    (r"(?<![\\a-zA-Z])(?=(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-zA-Z]))", r"\\"),  # 2pi
-    (r"\\sqrt *(?:(\d+|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),  # \sqrt2, sqrt(3)
-    (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
-    (r"(\d*\.\d*)\\overline *\{(\d+)\}", lambda m: (m[1] + m[2] * 15)[:15]),  # 0.\overline{3}
-    (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", "%"),  # 50 percent
-    (r"\^ *(\\circ|\{ *\\circ *\})|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
-    (r"\\approx", "="),  # x \approx 2.45
-    (r"(^|[,(\[])[ =+]+|( |[.,;:]|\\\\)+$", r"\1"),  # 5., [0, +\infty)
-    (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
-    (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?|\\cup(?![a-z])|;", ","),  # 1 and 2
-    (r"^ *\(?\\text *\{([^{}]*)\}\)?$", r"\1"),  # \text{(C)}, \text{12 or 13}
-    (rf"(?<=[\d}})]) *(({_BARE})( [a-zA-Z]+)*(\^\d)?)$", r"\\text{\1}"),  # 5 square cm
-    (r"^\\\{ *[a-z] *(\\in *\\mathbb *\{R\} *)?(:|\\mid|\|)", ""),  # {x : 0 <= x <= 1}
-    (r"^ *\w+ *\\in(?![a-z])", ""),  # x \in [0, 1]
-    # a matrix is the tuple of its rows
-    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|[pb]?matrix)}(.*?)(\\\\ *)?\\end\{\w+\}[)\]]?", r"((\1))"),
-    (r"\\\\", "),("),
-    (r"(?<![\d.^])(\d+) *(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)(?! *([a-z(]|\\(?!text)))",
-     r"(\1+\2)"),  # 4 2/3
-    (r"(?<![\d.,{])[1-9]\d{0,2}((\{,\}|[ ,])\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
-     lambda m: re.sub(r"\D", "", m[0])),  # 1,234 and 24{,}000, but (1,234) is a point
-    (r"([a-zA-Z] (?=[a-zA-Z])|\d (?=\d))| |\\[{}]", r"\1"),  # {1, 2}
-    (r"(^|,)([^,]*?)\\pm(?!od)([^,]*?)(?=,|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
-    (r"([^,>≥]+)([>≥])([^,>≥]+)(?:([>≥])([^,>≥]+))?",
-     lambda m: "".join(filter(None, m.groups()[::-1])).replace(">", "<").replace("≥", "≤")),
-    (r"(^|,)([a-zA-Z]|\\theta)(?=[<≤])", r"\1-\\infty<\2"),  # x < 2
-    (r"([<≤]([a-zA-Z]|\\theta))(?=,|$)", r"\1<\\infty"),
-    (r"([^,<≤]+)([<≤])(?:[a-zA-Z]|\\theta)([<≤])([^,<≤]+)",
-     lambda m: f"{'(['[m[2] == '≤']}{m[1]},{m[4]}{')]'[m[3] == '≤']}"),
-    (r"(^|(?<=[(,]))[({]([^(){},]*)[)}](?=$|[,)])", r"\2"),  # (C)
-]  # fmt: skip
-_NAMED = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|(?<=\w)\([-\d,]+\)|[^\d_=])*+)=)?(.*)")
+_LETTERS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "½": r"\frac12",
+                          "√": r"\sqrt ", "π": r"\pi ", "°": r"^\circ ", "@": "#"})  # fmt: skip
 _UNITS = dict(square="2", sq="2", cubic="3", feet="ft", foot="ft", inch="in", inche="in", meter="m",
               centimeter="cm", kilometer="km", second="s", hour="h", usd="dollar")  # fmt: skip
-_NO_UNIT = re.compile(r"\b(?:not|least|most|than|about|hundred|thousand|[mbt]r?illion|dozen)s?\b")
-# Nothing for math-verify, which reads words as products of letters, 1:58 as 1/58 and 3 5 as 8.
-_WORDS = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|^[A-Z]{2,}$|[A-Z]\d|:|\b\d+ \d")
+
+
+def _unit(found: re.Match) -> str:
+    """Spell the unit of a value: \\text{ square feet} and \\text{ft}^2 become @ft 2."""
+    words = re.sub(r"\\text|\\cdot|\.|\bper\b|(?<=[a-z]{2})s\b", "", found[0].lower())
+    words = re.sub(r"(square|sq|cubic) +([a-z]+)", r"\2 \1", words)
+    return "@" + " ".join(_UNITS.get(word, word) for word in re.findall(r"[a-z]+|\d", words))
+
+
+_RULES = [  # in this order, each with the case that demands it
+    (r"\\\$ *([\d,.{}\\!]*\d)", r"\1\\text{dollar}"),  # \$18.90
+    (r"\\(left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?|(?<=\\)[dtc](?=frac)|\\?\$|\\[()!]"
+     r"|[\s.,;:\\$]+$", ""),  # \left(, \dfrac, $5$, 5.
+    # \textbf{(C)}, \mathrm{cm}
+    (r"\\((math|text)(rm|bf|it|sf|up|normal)|mbox|operatorname|boldsymbol)(?![a-z])", r"\\text"),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),  # 1\,234
+    # \le, \geqslant, \infty
+    (r"\\([lg])eq?(slant)?(?![a-z])|\\?infty\b", lambda m: {"l": "≤", "g": "≥"}.get(m[1], "∞")),
+    (r",? *(\\text *\{ *,? *(and|or) *\}|\b(and|or)\b),?|\\cup(?![a-z])|[∪;&]", ","),  # 1 and 2
+    (r"(\\text *\{ *)?(\\?%|\bper ?cent(age)?\b)( *\})?", "%"),  # 50 percent
+    (r"([a-zA-Z] (?=[a-zA-Z])|\d (?=\d))| ", r"\1"),  # 1 1/2 is not 11/2
+    # \mathrm{3} is no unit, \text{(C)} is C
+    (r"\\text\{([ei]|[\dA-Z]*\d[\dA-Z]*)\}|^\(?\\text\{([^{}]*)\}\)?$", r"\1\2"),
+    (r"\\frac(?:(\w)|\{([^{}]*)\}) ?(?:(\w)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),  # \frac12
+    (r"(?<![\\a-zA-Z])(?=(sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z]))", r"\\"),  # 2pi
+    (r"\\sqrt(?:(\d+|[a-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),  # \sqrt2, sqrt(3)
+    (r"(?<=\d)[eE]\+?(-?\d+)", r"\\cdot 10^{\1}"),  # 4.5e33
+    (r"(\d*\.\d*)\\overline\{(\d+)\}", lambda m: (m[1] + m[2] * 15)[:15]),  # 0.\overline{3}
+    (r"\^(\\circ|\{\\circ\})|\\degrees?(?![a-z])", r"\\text{degree}"),  # 60^{\circ}
+    (r"\\approx|\\in(?![a-z])", "="),  # x \approx 2.45, x \in [0, 1]
+    (r"^\(?(-?[\dA-Z]*\d[\dA-Z]*)\)?_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 204_5
+    # 5 square cm, where x is no unit
+    (r"(?i)(?<=[\d})])(([a-z]{4}[a-z ]*|[ckm]m|kg|ft|in|mph|m/s|[ap]\.?m)(\^\d)?)$", r"\\text{\1}"),
+    # a matrix is the tuple of its rows, and a column of numbers their tuple
+    (r"[(\[]?\\begin\{(?:array\}\{[^{}]*|[pb]?matrix)}(.*?)(\\\\)?\\end\{\w+\}[)\]]?", r"((\1))"),
+    (r"\\\\", "),("),
+    # 4 2/3
+    (r"(?<![\d.^])(\d+) ?(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d++)(?![a-z(]|\\(?!text))", r"(\1+\2)"),
+    (r"(?<![\d.,{])[1-9]\d{0,2}((\{,\}|[ ,])\d{3})+(?![\d,])(?!.*([)\]]|\\\}))",
+     lambda m: re.sub(r"\D", "", m[0])),  # 1,234 and 24{,}000, but (1,234) is a point
+    (r"\\\{[a-z](=\\mathbb\{R\})?(:|\\mid|\|) ?|\\[{}]", ""),  # {x : 0 <= x <= 1}, {1, 2}
+    (r"(^|,)([^,]*?)\\pm(?!od)([^,]*?)(?=,|$)", r"\1\2+\3,\2-\3"),  # 1 \pm \sqrt{2}
+    (r"[^,>≥]+([>≥][^,>≥]+)+",
+     lambda m: "".join(re.split("([>≥])", m[0])[::-1]).translate({62: "<", 8805: "≤"})),  # 2 > x
+    # x < 2 is (-\infty, 2)
+    (r"(?<![^,])(?=[^,]*[<≤])(?:([^,<≤]+)([<≤]))?(?:[a-zA-Z]|\\theta)(?:([<≤])([^,<≤]+))?(?![^,])",
+     lambda m: f"{'(['[m[2] == '≤']}{m[1] or '-∞'},{m[4] or '∞'}{')]'[m[3] == '≤']}"),
+    # 20\text{ cm}^2, but no unit in 5\text{ million}
+    (r"(?!.*\b(not|least|most|than|about|hundred|thousand|[mbt]r?illion|dozen)s?\b)(?<=[\w)}|!])"
+     r"(\\text\{[(/]?[a-zA-Z][^{},+!]*\}(\^\{?-?\d\}?)?[/CF]*(\\cdot)?)+(?=$|[,)=])", _unit),
+    (r"^([a-z])=[^,=]+(,(?!\1)[a-z]=[^,=]+)+$",
+     lambda m: f"({','.join(part[2:] for part in sorted(m[0].split(',')))})"),  # x = 1, y = 2
+    (r"(^|(?<=[(,\[]))([=+]+|[({]([^(){},]*)[)}](?=$|[,)]))", r"\3"),  # [0, +\infty), (C)
+]  # fmt: skip
+_COMMA = re.compile(r",(?!(?:[^]()\[]|[(\[][^]()\[]*[])])*+[])])")  # outside of all brackets
+_NAME = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|(?<=\w)\([-\d,]+\)|[^\d_=])*+)=)?(.*)")
+# Nothing for math-verify, which reads words as products of letters, 1:58 as 1/58 and 3 5 as 8. And
+# 5 = 2\sqrt{3} cannot be true, nor what else holds one root, pi or i, otherwise rational, and no 0
+# (no square ends in 2, 3, 7 or 8).
+_ODD = re.compile(r"\\text|(?<![\\a-zA-Z{])[a-zA-Z]{4,}|(^|=)[A-Z]{2,}(=|$)|[A-Z]\d|\b\d+ \d|"
+    r"[:#∞]|^(?!.*\b0)[-+\d{}()/=]*(\\sqrt\{(\d*[2378]|[56])\}|\\pi|i)[-+\d{}()/=]*$")  # fmt: skip
 
 
 @functools.lru_cache(10_000)
 def _tidy(text: str) -> str:
     """Write a piece of LaTeX in one of the many ways in which it can be spelled."""
-    text = text.translate(str.maketrans(_LETTERS))
-    for pattern, becomes in _RULES:
-        text = re.sub(pattern, becomes, text)
-    return text
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside all brackets."""
-    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
-    marked = ("\n" if c == "," and not depth else c for c, depth in zip(text, depths, strict=True))
-    return "".join(marked).split("\n")
-
-
-def _members(text: str) -> tuple[str, list[str]]:
-    """Take apart a list, of kind "", or a tuple or an interval, whose kind are its brackets."""
-    parts = _split(text)
-    if len({re.split("[_=]", part)[0] for part in parts if "=" in part}) == len(parts) > 1:
-        return "()", sorted(parts)  # x = 1, y = 2
-    inner = _split(text[1:-1]) if re.fullmatch(r"[(\[][^=]*[)\]]", text) else []
-    return (text[0] + text[-1], inner) if len(inner) > 1 == len(parts) else ("", parts)
+    return functools.reduce(lambda t, rule: re.sub(*rule, t), _RULES, text.translate(_LETTERS))
 
 
 def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     """Compare part by part; `verify` is asked about what neither text nor plain numbers decide."""
     if gold == pred or (gold.replace(" ", "").isalnum() and gold.casefold() == pred.casefold()):
         return True
-    (kind, golds), (pred_kind, preds) = _members(gold), _members(pred)
-    if any("=" in parts[0] and len(parts) == 1 for parts in (golds, preds)):
-        (name, value), (other, links) = (_NAMED.fullmatch(text).groups() for text in (gold, pred))
+    golds, preds = _COMMA.split(gold), _COMMA.split(pred)
+    if len(golds) > 1 or len(preds) > 1:  # lists, in any order
+        table = [[_same(g, p, verify) for p in preds] for g in golds if len(golds) == len(preds)]
+        return bool(table) and all(map(any, table)) and all(map(any, zip(*table, strict=True)))
+    if "=" in gold + pred:
+        (name, value), (other, links) = (_NAME.fullmatch(text).groups() for text in (gold, pred))
         if "=" in value or (name and name != other and "=" in pred):
             return "=" in pred and verify(gold, pred)  # y = 2x + 3 is 2x - y + 3 = 0
         return all(_same(value, link, verify) for link in links.split("="))
-    if len(golds) != len(preds) or kind != pred_kind:
-        return False
-    if kind:
-        return all(map(_same, golds, preds, itertools.repeat(verify)))
-    if len(golds) > 1:  # in any order
-        found = all(any(_same(g, p, verify) for p in preds) for g in golds)
-        return found and all(any(_same(g, p, verify) for g in golds) for p in preds)
-    (gold, unit), (pred, pred_unit) = _part_unit(gold), _part_unit(pred)
-    if unit or pred_unit:
-        return (unit == pred_unit or not (unit and pred_unit)) and _same(gold, pred, verify)
-    letters = [set(re.sub(r"\\[a-zA-Z]+|[^a-df-hj-zA-Z]", "", text)) for text in (gold, pred)]
-    if letters[0] != letters[1] or _WORDS.search(gold) or _WORDS.search(pred):
-        return False
+    if "," in gold + pred:  # tuples and intervals, in order
+        golds, preds = (_COMMA.split(text[1:-1]) for text in (gold, pred))
+        alike = gold[:1] + gold[-1:] == pred[:1] + pred[-1:] and len(golds) == len(preds)
+        return alike and all(map(_same, golds, preds, itertools.repeat(verify)))
+    (gold, _, unit), (pred, _, other) = gold.partition("@"), pred.partition("@")
+    if unit or other:
+        return (unit == other or "" in (unit, other)) and _same(gold, pred, verify)
     a, b = _number(gold), _number(pred)
-    if (a is None) != (b is None) and "." not in gold + pred and _surd(gold if a is None else pred):
-        return False
-    if None in (a, b) or (("." in gold) != ("." in pred) and a.denominator > 1 < b.denominator):
-        return verify(gold, pred)
-    return a == b
-
-
-def _part_unit(text: str) -> tuple[str, list[str]]:
-    """Part a value from the words of its unit: 5\\text{ square feet} is 5 and [2, ft]."""
-    word = r"(?:\\text *\{[(/]?[a-zA-Z][^{},+!]*\}(?:\^\{?-?\d\}?)?[/CF]*(?:\\cdot)?)+"
-    found = re.fullmatch(rf"(.*?[\d\\].*?)({word})", text)
-    if not found or _NO_UNIT.search(text):
-        return text, []
-    unit = re.sub(r"\\text|\\cdot|\.|\bper\b|(?<=[a-z]{2})s\b", "", found[2].lower())
-    unit = re.sub(r"(square|sq|cubic) +([a-z]+)", r"\2 \1", unit)
-    return found[1], [_UNITS.get(word, word) for word in re.findall(r"[a-z]+|\d", unit)]
+    if None not in (a, b) and (("." in gold) == ("." in pred) or not (a % 1 and b % 1)):
+        return a == b
+    letters = [set(re.sub(r"\\[a-zA-Z]+|[^a-df-hj-zA-Z]", "", text)) for text in (gold, pred)]
+    both = re.sub(r"\\frac|\\cdot", "/", f"{gold}={pred}")
+    return letters[0] == letters[1] and not _ODD.search(both) and verify(gold, pred)
 
 
 def _number(text: str) -> Fraction | None:
-    text = re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
-    plain = re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+))(?:/0*([1-9]\d*))?", text)
-    return Fraction(plain[1]) / int(plain[2] or 1) if plain else None
-
-
-def _surd(text: str) -> bool:
-    """Tell a value that is rational but for one root, pi or i, and hence no rational number."""
-    rest, *found = re.split(r"(\\sqrt\{[1-9]\d*\}|\\pi|i)", text)
-    root = int("0" + re.sub(r"\D", "", found[0] if found else ""))
-    plain = re.fullmatch(r"(?:\\frac|\\cdot|[-+\d{}()/])*", rest + "".join(found[1:]))
-    squares = math.isqrt(root) ** 2 == root > 0 or re.search(r"(?<!\d)0(?!\d)", text)
-    return bool(found and plain and not squares)
+    plain = re.fullmatch(r"(-?)(?:\\frac\{)?(\d+\.?\d*|\.\d+)(?:(?:\}\{|/)0*([1-9]\d*)\}?)?", text)
+    return Fraction(plain[1] + plain[2]) / int(plain[3] or 1) if plain else None
 
 
 @functools.lru_cache(10_000)
-def _parse(text: str) -> Any:
-    """Read a value with math-verify's parser, and l = r as l - r; raises if it is not all read."""
+def _values(text: str) -> list[Any]:
+    """Evaluate a value, or l - r for l = r, at two points; raises if the parser stops midway."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy import Float, I, Rational
+    from sympy import Float, I, Integer, Rational, Symbol
 
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi)(?=\()", r"\1\\cdot ", text)  # 2(3) would be 5
     case = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
-    sides = text.split("=", 1)  # of three, a = b = c is not a - b - c = 0
-    left, *right = (latex2sympy(f"({side})", conversion_config=case) for side in sides)  # (): all
-    tree = left - sum(right)
-    exact = {number: Rational(str(number)) for number in tree.atoms(Float)}
-    return tree.xreplace(exact | {name: I for name in tree.free_symbols if name.name == "i"})
+    tree = latex2sympy(f"({text.replace('=', ')-(', 1)})", conversion_config=case)  # (): all of it
+    exact = {x: Rational(str(x)) for x in tree.atoms(Float)} | {Symbol("i"): I}
+    spots = {x: zlib.crc32(x.name.encode()) % 9973 for x in tree.free_symbols}
+    points = ({x: Rational(spot - k, 2000) for x, spot in spots.items()} for k in (0, 5000))
+    values = [tree.xreplace(point | exact) for point in points]
+    return [Integer(0) if value.is_zero else value.evalf(350) for value in values]
 
 
 def _verify(gold: str, pred: str) -> bool:
     """Compare two values, or two equations up to a factor, at two points to 300 digits."""
-    try:
-        from sympy import Rational
-
-        a, b = _parse(gold), _parse(pred)
-        names = sorted(a.free_symbols | b.free_symbols, key=str)
-        points = [[(n, Rational(k + i, 5 + i)) for i, n in enumerate(names)] for k in (7, -9)]
-        values = [[tree.subs(point).evalf(350) for tree in (a, b)] for point in points]
-        x, y = values[0]
-        if ("." in gold) != ("." in pred) and not (names or a.is_Integer or b.is_Integer):
-            return str(x.n(6)) == str(y.n(6))
-        factor = x / y if "=" in gold else 1
-        close = (x.is_finite and abs(x - factor * y) <= abs(x) / 10**300 for x, y in values)
-        return a == b or (a.is_zero and b.is_zero) or all(close)
-    except Exception:  # whatever a parser or an algebra system raises, the box is not shown right
-        return False
+    with contextlib.suppress(Exception):  # whatever a parser raises, the box is not shown right
+        (a, b), (c, d) = _values(gold), _values(pred)
+        if ("." in gold) != ("." in pred) and a == b and c == d and 0 not in (a % 1, c % 1):
+            return str(a.n(6)) == str(c.n(6))
+        pairs = [(a / c, b / d)] if "=" in gold else [(a, c), (b, d)]
+        return all(x.is_finite and abs(x - y) <= abs(x) / 10**300 for x, y in pairs)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -397,12 +359,8 @@ _counts = Counter(timeouts=0, failures=0, ungradable=0)
 _mine = threading.local()  # each thread of the pool has a worker process of its own
 
 
-class _Undecided(Exception):
-    """Text and plain numbers do not tell whether two values are equal."""
-
-
 def _undecided(gold: str, pred: str) -> bool:
-    raise _Undecided
+    raise NotImplementedError("text and plain numbers do not tell whether two values are equal")
 
 
 def submit(response: str, answer: Any) -> Future:
@@ -415,8 +373,8 @@ def submit(response: str, answer: Any) -> Future:
     verdict = Future()
     try:
         verdict.set_result(reward(response, answer, _undecided))
-    except _Undecided:
-        verdict = _pool(os.getpid()).submit(_ask_worker, json.dumps([response, answer]))
+    except NotImplementedError:
+        return _pool(os.getpid()).submit(_ask_worker, json.dumps([response, answer]))
     except ValueError:
         _counts["ungradable"] += 1
         verdict.set_result(0.0)
@@ -425,8 +383,7 @@ def submit(response: str, answer: Any) -> Future:
 
 def grade(responses: list[str], answers: list[Any]) -> list[float]:
     """Grade many responses at once, in order."""
-    verdicts = [submit(*pair) for pair in zip(responses, answers, strict=True)]
-    return [verdict.result() for verdict in verdicts]
+    return [v.result() for v in [submit(*pair) for pair in zip(responses, answers, strict=True)]]
 
 
 def grading_counts() -> dict[str, int]:
@@ -434,23 +391,21 @@ def grading_counts() -> dict[str, int]:
     return dict(_counts)
 
 
-@functools.cache
-def _pool(pid: int) -> ThreadPoolExecutor:
-    """Start the threads of this process, or of a fork: more than cores, as some wait in vain."""
-    return ThreadPoolExecutor(min(16, os.cpu_count() + 2))
+# The threads of this process, or of a fork: more than cores, as some wait in vain.
+_pool = functools.cache(lambda pid: ThreadPoolExecutor(min(16, os.cpu_count() + 2)))
 
 
 def _ask_worker(line: str, retry: bool = True) -> float:
     """Ask this thread's worker; one that died, perhaps while idle, has a successor."""
-    if not hasattr(_mine, "worker"):
-        command = [sys.executable, __file__, "--grade-worker"]
-        _mine.worker = subprocess.Popen(command, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+    command = [sys.executable, __file__, "--grade-worker"]
+    # a process group of its own: Ctrl-C is for the parent
+    how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True, "process_group": 0}
+    worker = _mine.worker = vars(_mine).get("worker") or Popen(command, **how)
     with contextlib.suppress(BrokenPipeError):
-        print(line, file=_mine.worker.stdin, flush=True)
-        if reply := _mine.worker.stdout.readline():
+        print(line, file=worker.stdin, flush=True)
+        if reply := worker.stdout.readline():
             return float(reply)
-    timed_out = _mine.worker.wait() == -signal.SIGALRM
-    del _mine.worker
+    _mine.worker, timed_out = None, worker.wait() == -signal.SIGALRM
     if retry and not timed_out:
         return _ask_worker(line, retry=False)
     _counts["timeouts" if timed_out else "failures"] += 1
@@ -462,36 +417,44 @@ def _work() -> None:
 
     The kernel's alarm kills the worker over a pair that takes too long, in whatever code it hangs.
     """
-    import latex2sympy2_extended  # noqa: F401 (without it the worker dies, and is counted)
-
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    # the parser is slow until it has learned
-    _verify(r"\frac{x^{2}}{\sqrt[3]{3}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=2.5y")
+    # the parser is slow until it has learned; where it is missing the worker dies, and is counted
+    assert _verify(r"\frac{x^{2}}{\sqrt[3]{8}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=\frac{4\pi}{3}+1")
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_PAIR)
+        signal.alarm(SECONDS_PER_PAIR)
         print(reward(*json.loads(line)), flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.alarm(0)
 
 
 # ---------------------------------------------------------------------------------------------
 # 5. What all stages agree on beside the task
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script: exit code 2 and a sentence for a user's mistake, 1 for what broke."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Run a script: exit code 2 and a sentence for a user's mistake, 1 for what broke.
+
+    SIGINT or SIGTERM ends it in good order, a second one at once.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        for each in STOPS:
+            signal.signal(each, lambda n, frame: os._exit(128 + n))
+        sys.exit(128 + number)
+
+    for each in STOPS:
+        signal.signal(each, stop)
     try:
         main()
     except (UserError, OSError, ArithmeticError) as error:  # a full disk, a loss that is NaN
         if os.environ.get("RANK", "0") == "0" or error.__cause__ or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
-def launch() -> None:
+def launch(tensor_parallel_size: int = 1) -> None:
     """Give every GPU a rank, and join their process group.
 
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
@@ -509,6 +472,9 @@ def launch() -> None:
     gpus = torch.cuda.device_count()
     if "RANK" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the launcher
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # or is it dead already?
+            agent = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(agent, timeout=60).close()
     elif gpus > 1:
         try:
             command = ["--standalone", f"--nproc-per-node={gpus}", *sys.argv]
@@ -525,6 +491,8 @@ def launch() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     day = datetime.timedelta(days=1)  # ranks end their sampling at different times
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=day)
+    if torch.distributed.get_world_size() % tensor_parallel_size:
+        raise UserError(f"--tensor-parallel-size {tensor_parallel_size} does not part the GPUs")
 
 
 def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
@@ -533,8 +501,6 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     from vllm import LLM
 
     gpu, tp = torch.cuda.is_available(), args.tensor_parallel_size
-    if torch.distributed.get_world_size() % tp:
-        raise UserError(f"--tensor-parallel-size {tp} does not part the GPUs evenly")
     options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
     options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
     options |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 logits would blur pi itself
@@ -604,7 +570,8 @@ def sample_all(
                 "finished": out.finish_reason == "stop"} for place, out, reward in bar)  # fmt: skip
     for record in itertools.chain([{"identity": identity}], records):
         text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
-        print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
+        with explain(f"cannot write {partial.name}", OSError):
+            print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
     drawn = read_partial(out, identity)
     return [drawn[row["id"], i] for row in rows for i in range(n)]
@@ -613,7 +580,7 @@ def sample_all(
 def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
     """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
     records = {}
-    for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+    for path in partials(out):
         ours = False  # until it says so: no record counts whose identity is not known
         for line in path.read_text("utf-8", "replace").split("\n"):
             if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
@@ -626,19 +593,26 @@ def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
     return records
 
 
+def partials(out: Path) -> list[Path]:
+    """List the files of records beside OUT; once OUT holds them all they can go."""
+    return list(out.parent.glob(f"{glob.escape(out.name)}.partial-*"))
+
+
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     """Seed one response by what it is, so that no batch, rank or resume changes what is sampled."""
     text = json.dumps([seed, step, problem_id, sample])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
 
 
+MOST = {"beta1": math.inf, "top_p": 1, "gpu_memory_utilization": 1}  # other numbers are finite
+
+
 def check_args(args: Any, *may_be_zero: str) -> None:
-    """Raise UserError for a number that should be > 0 (or >= 0), or an --out that cannot be."""
+    """Raise UserError for a number out of range, an --out that cannot be."""
     for name, value in vars(args).items():
-        if type(value) in (int, float):
-            infinite = value == math.inf and name != "beta1"
-            if infinite or not (value > 0 or (value == 0 and name in ("seed", *may_be_zero))):
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+        zero = value == 0 and name in ("seed", *may_be_zero)
+        if type(value) in (int, float) and not (zero or 0 < value <= MOST.get(name, sys.maxsize)):
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
     out = Path(args.out).absolute()
     there = next(path for path in [out, *out.parents] if path.exists())
     if not os.access(there, os.W_OK):
@@ -664,7 +638,7 @@ def context_length(model: str) -> float:
     """Count the tokens, prompt and response together, that a model can read."""
     file = model_folder(model) / "config.json"
     with explain(f"cannot read {file}"):
-        return read_json(file).get("max_position_embeddings", math.inf)
+        return json.loads(file.read_text("utf-8")).get("max_position_embeddings", math.inf)
 
 
 def check_context(args: Any) -> None:
@@ -726,15 +700,13 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and drop the partial files that it replaces."""
+    """Write a file whole or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
     with explain(f"cannot write {path}", OSError), open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    for partial in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
-        partial.unlink()
 
 
 def lock(path: Path) -> TextIO:
@@ -742,10 +714,8 @@ def lock(path: Path) -> TextIO:
     with explain(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
-    try:
+    with explain(f"another run is writing {path}, wait or give another --out"):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"another run is writing {path}: wait, or give another --out") from error
     return file
 
 

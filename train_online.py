@@ -44,7 +44,7 @@ FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoin
 COLUMNS = """step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
 lr logprob_gap seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
 tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evaluate
-STOP: list[int] = []  # the signal that asks the run to stop
+STOP: list[int] = []  # the signals that some rank got and that end the run
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,12 +89,10 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.batch_size % args.updates_per_batch:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
     values = problems.read_json(args.values, "header", "prompts", "sha256")
-    with problems.explain(f"{args.values} is not what stage 1 writes"):
+    with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
         header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
-        same = {"prompt_template": problems.PROMPT_TEMPLATE}
-        for name in FROM_HEADER:
-            same[name] = header[name] if getattr(args, name) is None else getattr(args, name)
-            setattr(args, name, same[name])
+        missing = (name for name in FROM_HEADER if getattr(args, name) is None)
+        vars(args).update({name: header[name] for name in (*missing, "chat_template")})
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
         prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
@@ -102,6 +100,8 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         odd = [p["id"] for p in prompts if times[p["id"]] > 1 or not math.isfinite(p["v_star"])]
         if odd or not all(isinstance(p["prompt"] + p["answer"], str) for p in prompts):
             raise ValueError(f"{odd[:9]} are there twice, or have rewards that are no numbers")
+    same = {name: getattr(args, name) for name in FROM_HEADER}
+    same |= {"prompt_template": problems.PROMPT_TEMPLATE}
     problems.refuse_difference(args.values, header, same)
     problems.check_context(args)
     if args.filter_unsolved:
@@ -195,6 +195,8 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
     policy, options = Policy(lm), {"mesh": mesh}
     options |= {"mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
     options |= {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
+    if compute == torch.float32:  # on a CPU gathering costs time, and there is room to keep it
+        options["reshard_after_forward"] = False
     for module in [*lm.base_model.layers, policy]:
         fsdp.fully_shard(module, **options)
     return policy.train()
@@ -222,9 +224,8 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
     alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
     Written beside, hashed into manifest.json, flushed, renamed.
     """
-    beside, dtype = folder.with_name(f".{folder.name}.tmp"), torch.float32
-    if not optimizer and torch.cuda.is_available():
-        dtype = torch.bfloat16
+    beside, small = folder.with_name(f".{folder.name}.tmp"), torch.cuda.is_available()
+    dtype = torch.bfloat16 if small and not optimizer else torch.float32
     shards = policy.lm.named_parameters()  # a head tied to the embedding is there once
     whole = ((name, p.detach().to(dtype).full_tensor()) for name, p in shards)
     weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
@@ -264,7 +265,8 @@ def whole_step(folder: Path) -> int:
     with contextlib.suppress(UserError):
         manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
         if folder.name in ("final", f"step-{manifest['step']}"):
-            return manifest["step"] if manifest["files"] == problems.folder_hashes(folder) else 0
+            there = problems.folder_hashes(folder).items()
+            return manifest["step"] if manifest["files"].items() <= there else 0
     return 0
 
 
@@ -274,6 +276,8 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
     identity["values_sha256"] = header["values_sha256"]
     metrics = problems.lock(out / "metrics.jsonl")
+    for torn in (out / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(torn)
     if (out / "config.json").exists():
         saved = problems.read_json(out / "config.json", "sha256")
         problems.refuse_difference(f"the run in {out}", saved, identity)
@@ -282,12 +286,14 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
         for folder in step_folders(out / "checkpoints"):
             if step := whole_step(folder):
                 break
-            print(f"{folder} is damaged: going back to the one before it", file=sys.stderr)
-            shutil.rmtree(folder)
+            print(f"{folder} is damaged, now damaged-*; trying the one before", file=sys.stderr)
+            folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
     problems.write_json(out / "config.json", vars(args) | identity)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
         kept = [line for line in lines if line[-1:] == b"\n" and json.loads(line)["step"] <= step]
+        if len(kept) != step:
+            raise ValueError(f"of {step} steps that are saved it has {len(kept)}")
     metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
     return metrics, step
 
@@ -362,12 +368,15 @@ def train(
 
     `learn` takes and returns what `least_squares` does, and calls `lap` once, before its updates.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first lets the last step be saved
-        signal.signal(number, lambda n, frame: os._exit(128 + n) if STOP else STOP.append(n))
+    told: list[int] = []  # the signals that this rank got
+    for number in problems.STOPS:  # the first lets the last step be saved
+        signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
     on_gpu, out = torch.cuda.is_available(), Path(args.out)
     nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # read here: the engine overwrites it
+    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     identity = problems.identify(args, *FREE_ON_RESUME)
+    identity["eval_sha256"] = problems.content_sha256({"rows": questions})
     metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) is None:
@@ -394,8 +403,7 @@ def train(
         state = torch.load(start / "trainer.pt", weights_only=True) if rank == 0 else {}
         state_dict.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
         sync(llm, policy)  # the engine holds the reference
-    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
-    problems.write_prompts(questions + prompts, llm.get_tokenizer(), header["chat_template"])
+    problems.write_prompts(questions + prompts, llm.get_tokenizer(), args.chat_template)
     for row in questions:  # of a longer one its end is asked
         row["prompt_ids"] = row["prompt_ids"][-args.max_prompt_tokens :]
 
@@ -412,7 +420,7 @@ def train(
         asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
         asked = [(p, problems.response_seed(args.seed, step, p["id"], n)) for p, n in asked]
         # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
-        responses = rollout(llm, asked, args, args.temperature, STOP, lap)
+        responses = rollout(llm, asked, args, args.temperature, told, lap)
         if not responses:  # told to stop: the unfinished step is abandoned
             if step - 1 > saved:
                 save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
@@ -446,9 +454,10 @@ def train(
             graded = rollout(llm, [(q, 0) for q in questions], args, temperature=0.0)
             row.append(sum(r["reward"] for r in graded) / len(questions))
         if rank == 0:
-            told = dict(zip(COLUMNS.split(), row, strict=False))
-            print(*(f"{name} {value:<10.4g}" for name, value in told.items()))
-            print(json.dumps(told), file=metrics, flush=True)
+            line = dict(zip(COLUMNS.split(), row, strict=False))
+            print(*(f"{name} {value:<10.4g}" for name, value in line.items()))
+            with problems.explain(f"cannot write {metrics.name}", OSError):
+                print(json.dumps(line), file=metrics, flush=True)
         if step % args.save_every == 0 or step == args.num_steps:
             save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
             saved = step
@@ -465,7 +474,7 @@ def main() -> None:
     """Check, launch, train."""
     args = parse_args()
     header, prompts = check(args)
-    problems.launch()
+    problems.launch(args.tensor_parallel_size)
     train(args, header, prompts)
 
 

@@ -26,6 +26,8 @@ from test_evaluate import BAD as BAD_EVALUATE
 from test_offline_value import BAD as BAD_OFFLINE_VALUE
 from test_train_online import BAD as BAD_TRAIN_ONLINE
 
+import problems
+
 # A model that is not here, while HF_HUB_OFFLINE=1 says that none may be fetched.
 HUB = "Qwen/Qwen2.5-0.5B"
 
@@ -48,7 +50,7 @@ OFFLINE_VALUE = {
     "config.json torn": ("--model {models}/torn-config", "config.json"),
     "config.json a list": ("--model {models}/list-config", "config.json"),
     "an unknown kind of model": ("--model {models}/odd-type", "nosuch"),
-    "weights torn": ("--model {models}/torn-weights", "model.safetensors"),
+    "weights torn": ("--model {models}/torn-weights", "torn-weights"),
     "a shard missing": ("--model {models}/no-shard", "model-00002-of-00002.safetensors"),
     "no chat template": ("--chat-template", "chat template"),
     "more GPUs per engine than ranks": ("--tensor-parallel-size 2", "--tensor-parallel-size"),
@@ -114,7 +116,7 @@ EVALUATE = {
     "weights as a pickle only": ("--model {models}/pickled", "safetensors"),
     "no tokenizer": ("--model {models}/no-tokenizer", "tokenizer"),
     "config.json torn": ("--model {models}/torn-config", "config.json"),
-    "weights torn": ("--model {models}/torn-weights", "model.safetensors"),
+    "weights torn": ("--model {models}/torn-weights", "torn-weights"),
     "no chat template": ("--chat-template", "chat template"),
     "more GPUs per engine than ranks": ("--tensor-parallel-size 2", "--tensor-parallel-size"),
     "out is a file": ("--out {files}/good.jsonl", "good.jsonl"),
@@ -330,7 +332,7 @@ def test_results_of_two_models_or_two_sets_do_not_share_a_folder(
     if difference == "copied model":
         summary = json.loads((out / "summary.json").read_text())
         summary["header"]["model"] = str(model)
-        (out / "summary.json").write_text(json.dumps(summary))
+        problems.write_json(out / "summary.json", summary)
     before = snapshot(out)
     assert re.search(says, sentence(run("evaluate.py", *words)))
     assert snapshot(out) == before

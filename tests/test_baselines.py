@@ -376,6 +376,13 @@ def test_first_reach_is_linear_between_evaluations():
     assert compare.spread([1.0, None]) is None
 
 
+def test_sampled_reach_is_what_was_spent_before_the_middle_of_three():
+    rewards = [0.5, 0.8, 0.95, 0.85, 0.91, 0.97]
+    steps = [{"reward": r, "seconds": 10.0 * (i + 1)} for i, r in enumerate(rewards)]
+    assert compare.sampled_reach(steps, "seconds") == 30.0  # 0.95, 0.85, 0.91
+    assert compare.sampled_reach(steps[:4], "seconds") is None
+
+
 def test_the_rate_taken_is_the_fastest_of_the_good(monkeypatch):
     """The fastest of all may end four points below the best; the best may never get there."""
     runs = {"1": (30.0, 0.98), "2": (20.0, 0.97), "4": (10.0, 0.94), "8": (None, 0.99)}
