@@ -236,7 +236,7 @@ def measure(args: argparse.Namespace, setting: Setting, seed: int, values: Path)
     command += ["--samples-per-prompt", n, "--batch-size", args.batch_size // n]
     command += ["--eval-dataset", args.test, *flags]
     finish([*command, "--out", folder], folder, "final/manifest.json")
-    steps, mean = read_run(folder, "a_star_po"), statistics.fmean
+    steps, mean = read_run(folder), statistics.fmean
     seen = [step["eval_accuracy"] for step in steps if "eval_accuracy" in step]
     told = {"accuracy": mean(seen[-3:]), "reward": mean(step["reward"] for step in steps[-5:])}
     told |= {"step_90": first_reach(steps, "step")}

@@ -10,16 +10,16 @@ are that script's; a method is one pure loss and one `learn` function, which sta
                                                 the update
 A*-PO                1  -       in the target   -                  responses: (..)^2, losses.py
 GRPO                 8  -       KL in the loss  in the ratio       tokens: clipped ratio
-REBEL                2  -       -               in the target      pairs: (..)^2
+REBEL                2  -       KL in reward    in the target      pairs: (..)^2
 PPO                  1  yes     KL in reward    ratio and KL       tokens: clipped ratio
 
 Like A*-PO they do one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1
 and use the same AdamW. Names and defaults are TRL's (constants below), with these differences: one
-pass where TRL's PPO does 4; GRPO's KL term as published, with beta = 0.04 and no ratio before it
-(TRL 1.16: beta 0, use_bias_correction_kl); the critic has an optimiser of its own, so that vf_coef
-has nothing to weigh. ln pi_t is the trainer's, not the engine's, as in TRL; for a rollout's first
-update it is that update's own forward and costs nothing (but PPO's reward needs it before that).
-REBEL needs no pi_ref: it is run for the log alone, in `seconds_ref`.
+pass where TRL's PPO and REBEL's authors do 4; GRPO's KL term as published, with beta = 0.04 and no
+ratio before it (TRL 1.16: beta 0, use_bias_correction_kl); the critic has an optimiser of its own,
+so that vf_coef has nothing to weigh. ln pi_t is the trainer's, not the engine's, as in TRL; for a
+rollout's first update it is that update's own forward and costs nothing (but PPO's reward needs it
+before that).
 """
 
 import argparse
@@ -45,7 +45,7 @@ BETA = 0.04  # weight of GRPO's KL term (DeepSeekMath, section 4.2)
 ETA = 1.0  # REBEL's step size (the authors' default on TL;DR)
 GAMMA, LAM = 1.0, 0.95  # PPO: discount, and lambda of GAE
 CLIPRANGE, CLIPRANGE_VALUE = 0.2, 0.2  # PPO: of the ratio, of the value
-KL_COEF = 0.05  # PPO: weight of -ln(pi_t / pi_ref), each token's share of the reward
+KL_COEF = 0.05  # PPO and REBEL: weight of -ln(pi_t / pi_ref) in the reward, as in TRL and theirs
 CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
 
 # ---------------------------------------------------------------------------------------------
@@ -276,14 +276,15 @@ def rebel_step(
 ) -> tuple[float, float, float, float, float]:  # fmt: skip
     """REBEL on a rollout of two responses per prompt, which follow each other."""
     updates = pair_updates(responses, args, next(policy.parameters()).device)
-    score(ref, itertools.chain(*updates), "ref_logp")  # for the log alone
+    score(ref, itertools.chain(*updates), "ref_logp")
     lap()
     score(policy, itertools.chain(*updates[1:]), "old_logp")
 
     def loss_of(batch: Any, logp: Tensor) -> Tensor:
         old_logp = getattr(batch, "old_logp", logp.detach())
         logratio = losses.sequence_logprob(logp - old_logp, batch.lengths)
-        return rebel_loss(logratio.view(-1, 2), batch.rewards.view(-1, 2))
+        kl = losses.sequence_logprob(old_logp - batch.ref_logp, batch.lengths)
+        return rebel_loss(logratio.view(-1, 2), (batch.rewards - KL_COEF * kl).view(-1, 2))
 
     return descend(policy, optimizer, updates, loss_of)
 
@@ -314,10 +315,12 @@ def make_critic(policy: Any, args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     critic = Critic(lm.base_model)
+    options = {"mesh": mesh}  # as in train_online.shard
     compute = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    options |= {"reshard_after_forward": False} if compute == torch.float32 else {}
     for module in [*critic.body.layers, critic]:
-        mixed = fsdp.MixedPrecisionPolicy(compute, torch.float32)
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=mixed)
+        fsdp.fully_shard(module, **options)
     adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, **adam)
     CRITIC.update(model=critic.train(), optimizer=optimizer)

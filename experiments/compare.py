@@ -15,8 +15,7 @@ What the numbers are, a mean over seeds ± its standard error:
 
 to 90 %     seconds and generated tokens until greedy accuracy on the test set is 90 %, linear
             between evaluations. Seconds are the log's `seconds_total`: it stands still in start-up,
-            evaluations and checkpoints, and counts the engine's warm-up in step 1 (seconds); of
-            REBEL's the part of pi_ref, which only the log needs, is left out.
+            evaluations and checkpoints, and counts the engine's warm-up in step 1 (seconds).
 sampled     the same for reward at temperature 1 on the training prompts, three steps' mean: a
             harder goal, as greedy decoding hides most of what this reference does wrong.
 stage 1     what A*-PO needs before: seconds of a stage 1 run here beside the others, start-up of
@@ -24,8 +23,7 @@ stage 1     what A*-PO needs before: seconds of a stage 1 run here beside the ot
 pass@1, @8  of the final model on the test set, 8 samples at temperature 1 (evaluate.py).
 KL          ln(pi / pi_ref) of a step's own responses, the mean of the last three steps: per
             response, and per token.
-memory      `peak_gib`: without a GPU the whole process's, engine and libraries included; REBEL's
-            has pi_ref in it.
+memory      `peak_gib`: without a GPU the whole process's, engine and libraries included.
 seconds     of a step, by part: generation (with grading) and training (the rest).
 
 Writes OUT/compare.json (a list, a method each), compare.txt, compare.jsonl (the log of all runs),
@@ -68,9 +66,9 @@ class Plan(NamedTuple):
     eval_every: int
 
 
-# On the toy: what a step costs differs by 8, so GRPO gets fewer of them and is evaluated at each.
-PLANS = {"a_star_po": Plan(40, 2), "ppo": Plan(50, 2), "grpo": Plan(16, 1), "rebel": Plan(26, 2)}
-GRID = "5e-5,1e-4,2e-4,4e-4,8e-4"
+# On the toy: enough for a plateau. What a step costs differs by 8, so GRPO gets fewer of them.
+PLANS = {"a_star_po": Plan(32, 1), "ppo": Plan(32, 1), "grpo": Plan(12, 1), "rebel": Plan(24, 1)}
+GRID = "1e-4,2e-4,4e-4,8e-4"
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,17 +101,18 @@ def finish(command: Sequence, folder: Path, product: str) -> None:
     """Run `python *command`, which fills FOLDER, unless it has.
 
     It is finished when FOLDER/PRODUCT exists. What was half done is started anew. The output goes
-    to FOLDER.log, command and seconds to FOLDER.json: made by another command, it is refused.
+    to FOLDER.log, command, code and seconds to FOLDER.json: made by others, it is refused.
     """
     words, job = [str(word) for word in command], Path(f"{folder}.json")
+    files = [*sorted(Path().glob("*.py")), Path("experiments/baselines.py")]
+    made_by = {"command": words, "code": {str(f): problems.file_sha256(f)[:16] for f in files}}
     if (folder / product).exists():
-        if problems.read_json(job)["command"] != words:
-            what = f"{folder} was made by another command, {job}: remove it, or give another --work"
-            raise problems.UserError(what)
+        problems.refuse_difference(f"{folder} (remove it, or give another --work)",
+                                   problems.read_json(job), made_by)  # fmt: skip
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    problems.write_whole(job, json.dumps({"command": words, "seconds": 0.0}))
+    problems.write_whole(job, json.dumps(made_by | {"seconds": 0.0}))
     start = time.perf_counter()
     with open(f"{folder}.log", "w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT}
@@ -122,7 +121,7 @@ def finish(command: Sequence, folder: Path, product: str) -> None:
         raise ChildProcessError(f"exit code {code}, see {folder}.log: python {shlex.join(words)}")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the final model is enough
     seconds = time.perf_counter() - start
-    problems.write_whole(job, json.dumps({"command": words, "seconds": seconds}))
+    problems.write_whole(job, json.dumps(made_by | {"seconds": seconds}))
     print(f"{seconds:6.0f} s  {folder}", flush=True)
 
 
@@ -175,15 +174,14 @@ def evaluate(args: argparse.Namespace, model: str | Path, folder: Path, num_samp
 # Numbers
 
 
-def read_run(folder: Path, method: str) -> list[dict]:
+def read_run(folder: Path) -> list[dict]:
     """Read a run's log; each step with `seconds` and `tokens` from the start to its end."""
     steps = problems.read_rows(folder / "metrics.jsonl")
     config = problems.read_json(folder / "config.json")
     responses = config["batch_size"] * config["samples_per_prompt"]
     seconds = tokens = 0.0
     for step in steps:
-        step["needless"] = step["seconds_ref"] if method == "rebel" else 0.0
-        seconds += step["seconds_total"] - step["needless"]
+        seconds += step["seconds_total"]
         tokens += step["response_tokens"] * responses
         step |= {"seconds": seconds, "tokens": tokens}
     return steps
@@ -207,18 +205,21 @@ def first_reach(steps: list[dict], what: str, goal: float = GOAL) -> float | Non
 def sampled_reach(steps: list[dict], what: str, goal: float = GOAL) -> float | None:
     """How much of `what` it took until `reward`, the mean of three steps, is `goal`; None: never.
 
-    A step's reward is that of the policy before its updates: what counts is what was spent when
-    the middle one of the three began.
+    A step's reward is that of the policy before its updates, so that a mean belongs to what was
+    spent when the middle one of the three began; linear between means.
     """
+    spent, mean = 0.0, 0.0
     for three in zip(steps, steps[1:], steps[2:], strict=False):
-        if statistics.fmean(step["reward"] for step in three) >= goal:
-            return three[0][what]
+        before, spent = (spent, mean), three[0][what]
+        mean = statistics.fmean(step["reward"] for step in three)
+        if mean >= goal:
+            return before[0] + (spent - before[0]) * (goal - before[1]) / (mean - before[1])
     return None
 
 
 def measure(args: argparse.Namespace, method: str, folder: Path) -> dict:
     """One run's numbers; stage 1 is counted in `seconds_to_90` and `tokens_to_90` of A*-PO."""
-    steps, config = read_run(folder, method), problems.read_json(folder / "config.json")
+    steps, config = read_run(folder), problems.read_json(folder / "config.json")
     mean = statistics.fmean
     seen = [step["eval_accuracy"] for step in steps if "eval_accuracy" in step]
     told = {"accuracy": mean(seen[-3:]), "peak_gib": steps[-1]["peak_gib"]}
@@ -235,9 +236,8 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict:
     later = steps[1:] or steps  # the first has the engine's warm-up in it
     parts = {"generation": ("generate", "grade"), "training": ("ref", "update", "sync")}
     for name, keys in parts.items():
-        whole = mean(sum(step[f"seconds_{key}"] for key in keys) for step in later)
-        needless = mean(step["needless"] for step in later) if name == "training" else 0.0
-        told[f"{name}_seconds"] = whole - needless
+        whole = (sum(step[f"seconds_{key}"] for key in keys) for step in later)
+        told[f"{name}_seconds"] = mean(whole)
     return told | {key: config[key] for key in ("updates_per_batch", "samples_per_prompt")}
 
 
@@ -273,7 +273,7 @@ def run_method(args: argparse.Namespace, method: str) -> tuple[dict, list[list[d
         scores = evaluate(args, folder / "final", args.work / f"{folder.name}-eval", 8)
         passes = {f"pass_at_{k}": scores["pass_at_k"][str(k)] for k in (1, 8)}
         told.append(measure(args, method, folder) | passes)
-        runs.append(read_run(folder, method))
+        runs.append(read_run(folder))
     plan = plan_of(args, method)
     row = {"method": method, "seeds": args.seeds, "learning_rate": float(lr), "grid": grid}
     row |= {"steps": plan.steps, "eval_every": plan.eval_every, "batch_size": args.batch_size}

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import losses
 import problems
 import train_online
 from experiments import ablate, baselines, compare
@@ -312,6 +313,25 @@ def test_rebels_step_is_the_pair_gradient(group, folder):
     assert (after - before - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_rebels_reward_holds_the_kl_term(group, folder, monkeypatch):
+    """r - 0.05 ln(pi_t / pi_ref) of the whole response, as its authors' code has it."""
+    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    policy, ref = (train_online.load_policy(folder, mesh, torch.float32) for _ in "ab")
+    with torch.no_grad():
+        for p in ref.parameters():
+            p.to_local().mul_(1.1)
+    args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=10_000, temperature=1.0)
+    [[batch]] = baselines.pair_updates(rollout(2), args, "cpu")
+    with torch.no_grad():
+        token_kl = policy(**batch.inputs) - ref(**batch.inputs)
+    kl = losses.sequence_logprob(token_kl, batch.lengths)
+    assert kl.abs().min() > 0.01
+    seen, optimizer = [], torch.optim.SGD(policy.parameters(), 0.0)
+    monkeypatch.setattr(baselines, "rebel_loss", lambda ratio, r: seen.append(r) or ratio.mean())
+    baselines.rebel_step(policy, ref, optimizer, rollout(2), args, lambda: None)
+    close(seen[0].flatten().double(), (batch.rewards - 0.05 * kl).double(), 1e-5)
+
+
 def test_the_critic_learns_from_the_rewards(group, folder):
     """From 0, on ten rounds of the same rollout, its error falls."""
     step(folder, "ppo", 10_000, lr=0.0)
@@ -379,7 +399,8 @@ def test_first_reach_is_linear_between_evaluations():
 def test_sampled_reach_is_what_was_spent_before_the_middle_of_three():
     rewards = [0.5, 0.8, 0.95, 0.85, 0.91, 0.97]
     steps = [{"reward": r, "seconds": 10.0 * (i + 1)} for i, r in enumerate(rewards)]
-    assert compare.sampled_reach(steps, "seconds") == 30.0  # 0.95, 0.85, 0.91
+    # means of three 0.75, 0.8667 and 0.9033, when 10, 20 and 30 s were spent
+    assert compare.sampled_reach(steps, "seconds") == pytest.approx(20 + 10 * (100 / 110))
     assert compare.sampled_reach(steps[:4], "seconds") is None
 
 
@@ -404,7 +425,7 @@ def test_a_finished_run_is_used_again(tmp_path):
     for _ in range(2):
         compare.finish(["-c", write, folder], folder, "done")
         assert count.read_text() == "x"
-    with pytest.raises(UserError, match="another command"):
+    with pytest.raises(UserError, match="command"):
         compare.finish(["-c", write, folder, "more"], folder, "done")
     with pytest.raises(ChildProcessError, match=r"exit code 3, see .*bad\.log"):
         compare.finish(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
