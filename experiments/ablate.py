@@ -1,6 +1,6 @@
 """A*-PO's choices, one at a time on the toy: V*, N, beta2, the filter, off-policy updates.
 
-    python -m experiments.ablate --seeds 3       # about 70 minutes on two quiet cores
+    python -m experiments.ablate --seeds 3       # about 75 minutes on a core
     python -m experiments.ablate --quick         # one seed, two settings, two small steps: a test
 
 One values file with N = 32 is made, and everything comes from it: a smaller N takes the first N
@@ -14,17 +14,21 @@ The baseline value, what stands in V*'s place:
                        the stage-1 rewards of the first step's prompts
   mean, best of N      --beta1 inf and --beta1 1e-6
 
+Updates a step: with one learning rate, more updates are more movement; with lr / updates they are
+not, and what is left is how far off-policy the later ones are, where V* is a target.
+
 Columns, mean ± standard error over the seeds (of data order and sampling):
   greedy    accuracy on the test set, the mean of the last three evaluations
   reward    on training prompts at temperature 1, the mean of the last five steps: greedy saturates
-  step 90   the step at which greedy accuracy is 90 %, linear between evaluations
+  step 90   the step at which greedy accuracy is 90 %, linear between evaluations, of the seeds
+            that got there
   KL        ln(pi / pi_ref) of a response, nats, the mean of the last five steps
-  noise     variance of the gradient at steps 1 and 10: the trace of the covariance of g, with g the
-            gradient of the loss on a whole rollout, divided by 2 beta2, before any clip. From 16
-            parts of the rollout, whole groups each, with gradients g_i (g is their mean):
-            sum_i |g_i - g|^2 / (15 * 16). At step 1 all rows with one batch shape have the same
-            responses, so that it is the baseline alone that makes the difference.
-  signal    |g|^2 minus the noise, at the same steps: |E g|^2 without bias
+  noise     variance of the gradient over that with V* (N = 8, beta1 = 0.5), both on the same
+            responses of the same policy: of a run of its own that trains with that V*, every third
+            step, all seeds; the median, and the quartiles. Variance is the trace of the covariance
+            of g, with g the gradient of the loss on a whole rollout, divided by 2 beta2, before any
+            clip. From 16 parts of the rollout, with gradients g_i (g is their mean):
+            sum_i |g_i - g|^2 / (15 * 16)
 
 Writes OUT/ablate.json and .txt. Finished runs in --work are used again.
 """
@@ -37,6 +41,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +50,9 @@ import problems
 from experiments.compare import all_seconds, cell, finish, first_reach, grid_of, read_run, spread
 
 NUM_SAMPLES = 32  # of the one values file
-PROBES, PARTS = (1, 10), 16  # the steps at which gradients are probed, and parts of a rollout
+PROBE_EVERY, PARTS = 3, 16  # steps between probes of the gradient, and parts of a rollout
 VALUES = ("header", "prompts", "sha256")  # what a values file has
-BASELINES = ("v_star", "zero", "running")
+BASELINES = ("v_star", "zero", "running", "probe")
 
 
 class Setting(NamedTuple):
@@ -80,6 +85,11 @@ SETTINGS = [
     Setting("updates a step", "1", "--updates-per-batch 1"),
     Setting("updates a step", "2"),
     Setting("updates a step", "4", "--updates-per-batch 4"),
+    Setting("with lr / updates", "1", "--updates-per-batch 1 --lr 2e-4"),
+    Setting("with lr / updates", "2"),
+    Setting("with lr / updates", "4", "--updates-per-batch 4 --lr 5e-5"),
+    Setting("with lr / updates", "4, mean", "--updates-per-batch 4 --lr 5e-5 --beta1 inf"),
+    Setting("with lr / updates", "4, 0", "--updates-per-batch 4 --lr 5e-5", baseline="zero"),
     *(Setting("responses per prompt", str(n), responses=n) for n in (1, 2, 4)),
 ]  # what several rows have in common is run once
 
@@ -142,8 +152,36 @@ def gradient_noise(policy: Any, ref: Any, responses: list[dict], args: Any) -> d
     return {"noise": noise, "signal": mean_square - noise}
 
 
+PUBLISHED = "V*, beta1 0.5"
+
+
+def other_values(offline: Any, running: float) -> dict[str, list[float]]:
+    """What may stand in V*'s place, from the stage-1 rewards (R, 32) of a rollout's prompts."""
+    import torch
+
+    import losses
+
+    first = offline[:, :8]
+    told = {"0": torch.zeros(len(first)), "mean reward": first.mean(dim=1)}
+    for beta1 in (0.1, 0.5, 1, 10):
+        told[f"V*, beta1 {beta1}"] = losses.optimal_value(first, beta1)
+    told |= {"best of N": first.amax(dim=1), "running mean": torch.full((len(first),), running)}
+    told |= {f"N = {n}": losses.optimal_value(offline[:, :n], 0.5) for n in (1, 2, 4, 32)}
+    return {says: values.tolist() for says, values in told.items()}
+
+
+def put(responses: list[dict], values: list[float]) -> None:
+    """Put values in V*'s place, in the rollout itself, so that the log shows them."""
+    for response, value in zip(responses, values, strict=True):
+        response["prompt"] = response["prompt"] | {"v_star": value}
+
+
 def with_baseline(baseline: str) -> Callable:
-    """Make a `learn` for train_online.train: least squares with another number for V*, probed."""
+    """Make a `learn` for train_online.train: least squares with another number for V*.
+
+    "probe" trains with V* of the first 8 rewards, and tells the gradient's noise with all others.
+    """
+    import torch
     import torch.distributed as dist
 
     import train_online
@@ -156,16 +194,22 @@ def with_baseline(baseline: str) -> Callable:
         if state["running"] is None:
             offline = (statistics.fmean(r["prompt"]["rewards"]) for r in responses)
             state["running"] = statistics.fmean(offline)
-        if baseline != "v_star":
-            value = 0.0 if baseline == "zero" else state["running"]
-            for response in responses:  # in the rollout itself, so that the log shows it
-                response["prompt"] = response["prompt"] | {"v_star": value}
-        state["running"] = 0.9 * state["running"] + 0.1 * statistics.fmean(rewards)
-        if state["step"] in PROBES and len(responses) >= PARTS:
-            told = {"step": state["step"]} | gradient_noise(policy, ref, responses, args)
+        if baseline == "probe" and state["step"] % PROBE_EVERY == 1 and len(responses) >= PARTS:
+            told = {"step": state["step"]}
+            offline = torch.tensor([r["prompt"]["rewards"] for r in responses], dtype=torch.float64)
+            for says, values in other_values(offline, state["running"]).items():
+                put(responses, values)
+                told[says] = gradient_noise(policy, ref, responses, args)
             if dist.get_rank() == 0:
                 with open(Path(args.out, "probes.jsonl"), "a") as file:
                     file.write(json.dumps(told) + "\n")
+        if baseline == "probe":
+            offline = torch.tensor([r["prompt"]["rewards"] for r in responses], dtype=torch.float64)
+            put(responses, other_values(offline, 0.0)[PUBLISHED])
+        elif baseline != "v_star":
+            value = 0.0 if baseline == "zero" else state["running"]
+            put(responses, [value] * len(responses))
+        state["running"] = 0.9 * state["running"] + 0.1 * statistics.fmean(rewards)
         return train_online.least_squares(policy, ref, optimizer, responses, args, lap)
 
     return learn
@@ -240,11 +284,24 @@ def measure(args: argparse.Namespace, setting: Setting, seed: int, values: Path)
     seen = [step["eval_accuracy"] for step in steps if "eval_accuracy" in step]
     told = {"accuracy": mean(seen[-3:]), "reward": mean(step["reward"] for step in steps[-5:])}
     told |= {"step_90": first_reach(steps, "step")}
-    told |= {"kl": mean(step["logratio"] for step in steps[-5:])}
-    probes = folder / "probes.jsonl"
-    for row in problems.read_rows(probes) if probes.exists() else []:
-        told |= {f"{key}_{row['step']}": row[key] for key in ("noise", "signal")}
-    return told
+    return told | {"kl": mean(step["logratio"] for step in steps[-5:])}
+
+
+def noises(args: argparse.Namespace, values: Path) -> dict[str, list[float]]:
+    """Quartiles, over probed steps and seeds, of the noise with each value over that with V*."""
+    ratios = defaultdict(list)
+    for seed in range(args.seeds):
+        folder = args.work / f"probe_seed{seed}"
+        command = ["-m", "experiments.ablate", "--worker", "probe", "--values", values]
+        command += ["--lr", args.lr, "--seed", seed, "--num-steps", args.num_steps]
+        command += ["--save-every", args.num_steps, "--batch-size", args.batch_size]
+        finish([*command, "--out", folder], folder, "final/manifest.json")
+        for row in problems.read_rows(folder / "probes.jsonl"):
+            for says, told in row.items():
+                if says != "step":
+                    ratios[says].append(told["noise"] / row[PUBLISHED]["noise"])
+    return {says: statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else 3 * x
+            for says, x in ratios.items()}  # fmt: skip
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
@@ -253,11 +310,11 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "greedy %": lambda row: cell(row["accuracy"], ".1f", 100),
     "reward %": lambda row: cell(row["reward"], ".1f", 100),
     "step 90": lambda row: cell(row["step_90"], ".1f"),
+    "reached": lambda row: f"{row['reached']}/{row['seeds']}",
     "KL": lambda row: cell(row["kl"], ".2f"),
-    "noise, step 1": lambda row: cell(row.get("noise_1"), ".3g"),
-    "signal, 1": lambda row: cell(row.get("signal_1"), ".3g"),
-    "noise, step 10": lambda row: cell(row.get("noise_10"), ".3g"),
-    "signal, 10": lambda row: cell(row.get("signal_10"), ".3g"),
+    "noise / that of V*": lambda row: (
+        "{1:.2f} [{0:.2f}, {2:.2f}]".format(*row["noise"]) if "noise" in row else ""
+    ),
 }
 
 
@@ -268,7 +325,9 @@ def run_setting(args: argparse.Namespace, setting: Setting, files: dict[int, Pat
     row = {"table": setting.table, "setting": setting.says, "seeds": args.seeds}
     row |= {"num_value_samples": setting.num_samples, "baseline": setting.baseline}
     row |= {"flags": setting.flags, "samples_per_prompt": setting.responses}
-    return row | {key: spread([run[key] for run in told]) for key in told[0]}
+    told_of = {key: [run[key] for run in told if run[key] is not None] for key in told[0]}
+    row["reached"] = len(told_of["step_90"])
+    return row | {key: spread(values) for key, values in told_of.items()}
 
 
 def main() -> None:
@@ -293,6 +352,12 @@ def main() -> None:
         settings = [settings[0], settings[-1]]
     files = values_files(args, {setting.num_samples for setting in settings})
     rows = [run_setting(args, setting, files) for setting in settings]
+    noise = noises(args, files[NUM_SAMPLES])
+    for row in rows:
+        says = row["setting"] if row["table"] == "baseline value" else f"N = {row['setting']}"
+        says = PUBLISHED if says == "N = 8" else says
+        if row["table"] in ("baseline value", "N") and says in noise:
+            row["noise"] = noise[says]
     lines = [f"python -m experiments.ablate {shlex.join(sys.argv[1:])}".rstrip(),
              f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; "
              f"all runs took {all_seconds(args.work):.0f} s; {args.seeds} seeds, mean ± s.e.",

@@ -465,6 +465,20 @@ def test_fewer_samples_are_the_first_ones(tmp_path):
     assert told["header"]["num_value_samples"] == 2
 
 
+def test_other_values_are_those_of_the_first_samples():
+    offline = torch.tensor([[1.0] + 31 * [0.0], 8 * [0.0] + 24 * [1.0]], dtype=FLOAT64)
+    told = ablate.other_values(offline, 0.3)
+    of = lambda p, b: b * math.log(1 + p * math.expm1(1 / b))  # noqa: E731
+    assert told["0"] == [0, 0] and told["running mean"] == pytest.approx([0.3, 0.3])
+    assert told["mean reward"] == [1 / 8, 0] and told["best of N"] == [1, 0]
+    assert told[ablate.PUBLISHED] == pytest.approx([of(1 / 8, 0.5), 0])
+    assert told["V*, beta1 10"] == pytest.approx([of(1 / 8, 10), 0])
+    assert told["N = 1"] == pytest.approx([1, 0])
+    assert told["N = 32"] == pytest.approx([of(1 / 32, 0.5), of(24 / 32, 0.5)])
+    says = {setting.says for setting in ablate.SETTINGS if setting.table == "baseline value"}
+    assert says <= told.keys()
+
+
 def test_ablations_differ_in_what_they_say():
     """The issue's tables, and no two rows of a table that are one run."""
     tables = {}
@@ -472,5 +486,5 @@ def test_ablations_differ_in_what_they_say():
         tables.setdefault(setting.table, []).append(setting[2:])
     counts = {table: len(rows) for table, rows in tables.items()}
     assert counts == {"baseline value": 8, "N": 5, "beta2": 4, "filter": 2, "updates a step": 3,
-                      "responses per prompt": 3}  # fmt: skip
+                      "with lr / updates": 5, "responses per prompt": 3}  # fmt: skip
     assert all(len(set(rows)) == len(rows) for rows in tables.values())
