@@ -568,10 +568,11 @@ def sample_all(
                 "prompt": asked[place][0]["prompt"], "answer": asked[place][0]["answer"],
                 "output": out.text, "reward": reward, "tokens": len(out.token_ids),
                 "finished": out.finish_reason == "stop"} for place, out, reward in bar)  # fmt: skip
-    for record in itertools.chain([{"identity": identity}], records):
-        text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
-        with explain(f"cannot write {partial.name}", OSError):
-            print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
+    with bar:  # ended, it leaves the line to what is told then
+        for record in itertools.chain([{"identity": identity}], records):
+            text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
+            with explain(f"cannot write {partial.name}", OSError):
+                print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
     drawn = read_partial(out, identity)
     return [drawn[row["id"], i] for row in rows for i in range(n)]

@@ -73,7 +73,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: int
     while not true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -70,9 +70,9 @@ def finish(process: subprocess.Popen, seconds: float) -> SimpleNamespace:
     return SimpleNamespace(code=process.returncode, out=out, err=err, all=out + err, seconds=took)
 
 
-def slay(process: subprocess.Popen) -> None:
+def slay(process: subprocess.Popen, started: list | None = None) -> None:
     """SIGKILL a run's process group; what it started, in other groups too, must end with it."""
-    started = psutil.Process(process.pid).children(recursive=True)
+    started = started or psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(started, timeout=60)
     for orphan in alive:
@@ -226,21 +226,23 @@ def kill_training(start: tuple, out: Path, moments: list[str], chance: random.Ra
     while moments:
         assert len(struck) < 24 and steps_told(out) < STEPS - 3, f"too few steps: {struck}"
         moment, before, begun = moments.pop(0), steps_told(out), time.time()
-        process = spawn(*start)
+        process, started = spawn(*start), None
         try:
             if moment == "start":
                 time.sleep(chance.uniform(0, 7))
             elif moment == "write":
+                wait_until(lambda: steps_told(out) > before, process, STARTS)  # noqa: B023
+                # listed before, as that takes longer than a write
+                started = psutil.Process(process.pid).children(recursive=True)
                 ready = lambda: checkpoints(out) and being_written(out, begun)  # noqa: E731, B023
                 wait_until(ready, process, STARTS)
-                time.sleep(chance.uniform(0, 0.03))
             else:
                 goal = before + chance.randint(1, 2)
                 ready = lambda: steps_told(out) >= goal and checkpoints(out)  # noqa: E731, B023
                 wait_until(ready, process, STARTS)
                 time.sleep(chance.uniform(0, 0.3))
             assert process.poll() is None, process.communicate()
-            slay(process)
+            slay(process, started)
         finally:
             kill(process)
         assert not (out / "final").exists() and checkpoints(out), "not at work: tests nothing"
