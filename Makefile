@@ -1,8 +1,8 @@
 # make demo [SEED=1]   all three stages on a toy, under toy/
 # make test            lint and the tests, one sample of each fault among them
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         theory, and the comparison with GRPO, REBEL and PPO (75 minutes, by estimate)
-# make ablations       the ablations, 3 seeds (70 minutes, by estimate)
+# make results         theory, and the comparison with GRPO, REBEL and PPO (55 minutes)
+# make ablations       the ablations, 3 seeds (75 minutes)
 # make clean           forget toy/ and the environment
 #
 # Each makes the environment in .venv/ when it is missing or older than its requirements files.

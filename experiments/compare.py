@@ -1,6 +1,6 @@
 """A*-PO, PPO, GRPO and REBEL like for like: the paper's Table 1 on the toy, with error bars.
 
-    python -m experiments.compare --passk 32     # 85 minutes on two quiet cores, after `make demo`
+    python -m experiments.compare --passk 32     # 50 minutes on one core, after `make demo`
     python -m experiments.compare --quick        # three minutes: that it runs, no result
 
 Every run is a process of experiments.baselines: the same loop, engine, reward, prompts a step,
