@@ -612,7 +612,7 @@ def check_args(args: Any, *may_be_zero: str) -> None:
     """Raise UserError for a number out of range, an --out that cannot be."""
     for name, value in vars(args).items():
         zero = value == 0 and name in ("seed", *may_be_zero)
-        if type(value) in (int, float) and not (zero or 0 < value <= MOST.get(name, sys.maxsize)):
+        if type(value) in (int, float) and not (zero or 0 < value <= MOST.get(name, sys.float_info.max)):
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
     out = Path(args.out).absolute()
     there = next(path for path in [out, *out.parents] if path.exists())
