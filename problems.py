@@ -605,14 +605,14 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
 
 
-MOST = {"beta1": math.inf, "top_p": 1, "gpu_memory_utilization": 1}  # other numbers are finite
+MOST = {"beta1": math.inf, "top_p": 1, "gpu_memory_utilization": 1}  # others are finite
 
 
 def check_args(args: Any, *may_be_zero: str) -> None:
     """Raise UserError for a number out of range, an --out that cannot be."""
     for name, value in vars(args).items():
-        zero = value == 0 and name in ("seed", *may_be_zero)
-        if type(value) in (int, float) and not (zero or 0 < value <= MOST.get(name, sys.float_info.max)):
+        zero, most = value == 0 and name in ("seed", *may_be_zero), MOST.get(name, 1e300)
+        if type(value) in (int, float) and not (zero or 0 < value <= most):
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
     out = Path(args.out).absolute()
     there = next(path for path in [out, *out.parents] if path.exists())
