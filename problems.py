@@ -609,7 +609,7 @@ MOST = {"beta1": math.inf, "top_p": 1, "gpu_memory_utilization": 1}  # others ar
 
 
 def check_args(args: Any, *may_be_zero: str) -> None:
-    """Raise UserError for a number out of range, an --out that cannot be."""
+    """Raise UserError for a number out of range, or an --out that cannot be written."""
     for name, value in vars(args).items():
         zero, most = value == 0 and name in ("seed", *may_be_zero), MOST.get(name, 1e300)
         if type(value) in (int, float) and not (zero or 0 < value <= most):

@@ -194,18 +194,18 @@ def with_baseline(baseline: str) -> Callable:
         if state["running"] is None:
             offline = (statistics.fmean(r["prompt"]["rewards"]) for r in responses)
             state["running"] = statistics.fmean(offline)
-        if baseline == "probe" and state["step"] % PROBE_EVERY == 1 and len(responses) >= PARTS:
-            told = {"step": state["step"]}
-            offline = torch.tensor([r["prompt"]["rewards"] for r in responses], dtype=torch.float64)
-            for says, values in other_values(offline, state["running"]).items():
-                put(responses, values)
-                told[says] = gradient_noise(policy, ref, responses, args)
-            if dist.get_rank() == 0:
-                with open(Path(args.out, "probes.jsonl"), "a") as file:
-                    file.write(json.dumps(told) + "\n")
         if baseline == "probe":
             offline = torch.tensor([r["prompt"]["rewards"] for r in responses], dtype=torch.float64)
-            put(responses, other_values(offline, 0.0)[PUBLISHED])
+            values_of = other_values(offline, state["running"])
+            if state["step"] % PROBE_EVERY == 1 and len(responses) >= PARTS:
+                told = {"step": state["step"]}
+                for says, values in values_of.items():
+                    put(responses, values)
+                    told[says] = gradient_noise(policy, ref, responses, args)
+                if dist.get_rank() == 0:
+                    with open(Path(args.out, "probes.jsonl"), "a") as file:
+                        file.write(json.dumps(told) + "\n")
+            put(responses, values_of[PUBLISHED])
         elif baseline != "v_star":
             value = 0.0 if baseline == "zero" else state["running"]
             put(responses, [value] * len(responses))
