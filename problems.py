@@ -501,6 +501,7 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     from vllm import LLM
 
     gpu, tp = torch.cuda.is_available(), args.tensor_parallel_size
+    torch._dynamo.config.disable = not gpu  # a CPU would compile for seconds to gain microseconds
     options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
     options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
     options |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 logits would blur pi itself
@@ -512,10 +513,10 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
 
 
 def sample(
-    llm: Any, jobs: list[tuple[list[int], int, str]], stop: Any = (),
+    llm: Any, jobs: list[tuple[list[int], str, dict]], stop: Any = (),
     lap: Callable[[], None] = lambda: None, **params: Any,
 ) -> Iterator[tuple[int, Any, float]]:  # fmt: skip
-    """Answer jobs (prompt token ids, seed, right answer); yields (place, completion, reward).
+    """Answer jobs (prompt token ids, right answer, own params); yields (place, completion, reward).
 
     Graders work beside the engine, on each response as it finishes. One without EOS is graded as
     if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
@@ -528,14 +529,13 @@ def sample(
     engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), deque()
     params |= {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
     params |= {"detokenize": False}  # a text at once, below, is cheaper than token by token
-    for i, (ids, seed, _) in enumerate(jobs):
-        wanted = SamplingParams(**params, seed=seed)
-        engine.add_request(str(i), {"prompt_token_ids": ids}, wanted)
+    for i, (ids, _, own) in enumerate(jobs):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, SamplingParams(**params, **own))
     while engine.has_unfinished_requests() and not stop:
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
             done.text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
-            grade = submit(done.text if done.finish_reason == "stop" else "", jobs[i][2])
+            grade = submit(done.text if done.finish_reason == "stop" else "", jobs[i][1])
             waiting.append((i, done, grade))
         while waiting and waiting[0][2].done():
             i, done, grade = waiting.popleft()
@@ -560,8 +560,8 @@ def sample_all(
     dist.barrier()  # all have read before one writes
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in drawn]
     asked = asked[rank // tp :: world // tp]
-    seeds = [response_seed(args.seed, 0, row["id"], i) for row, i in asked]
-    jobs = [(r["prompt_ids"], seed, r["answer"]) for (r, _), seed in zip(asked, seeds, strict=True)]
+    seeds = ({"seed": response_seed(args.seed, 0, row["id"], i)} for row, i in asked)
+    jobs = [(r["prompt_ids"], r["answer"], own) for (r, _), own in zip(asked, seeds, strict=True)]
     graded = sample(llm, jobs, max_tokens=args.max_tokens, **params)
     bar = tqdm(graded, total=len(jobs), unit=" responses", disable=rank > 0)
     records = ({"id": asked[place][0]["id"], "sample": asked[place][1],

@@ -136,18 +136,20 @@ def rollout(
     """Sample and grade a response to each (prompt, seed), the engines sharing the work; collective.
 
     Every rank gets all of them, as asked: {"prompt", "ids" (EOS included), "sampler_logp" (per
-    token, the engine's), "finished", "reward"}; none once a rank was told to `stop`.
+    token, the engine's; of the first update's responses alone, as none else is on-policy),
+    "finished", "reward"}; none once a rank was told to `stop`.
     """
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    first = len(asked) // args.updates_per_batch
+    asked = [(prompt, {"seed": seed, "logprobs": 0 if i < first else None})
+             for i, (prompt, seed) in enumerate(asked)]  # fmt: skip
     mine = asked[rank // tp :: world // tp]
-    jobs = [(prompt["prompt_ids"], seed, prompt["answer"]) for prompt, seed in mine]
-    options = {"max_tokens": args.max_tokens, "logprobs": 0, "flat_logprobs": True}
+    jobs = [(prompt["prompt_ids"], prompt["answer"], own) for prompt, own in mine]
+    options = {"max_tokens": args.max_tokens, "temperature": temperature, "flat_logprobs": True}
     # Engines of one group must end together.
-    drawn = problems.sample(
-        llm, jobs, stop if tp == 1 else (), lap, temperature=temperature, **options
-    )
+    drawn = problems.sample(llm, jobs, stop if tp == 1 else (), lap, **options)
     drawn = [{"prompt": mine[i][0], "ids": list(out.token_ids), "reward": reward,
-              "sampler_logp": list(out.logprobs.logprobs),
+              "sampler_logp": list(out.logprobs.logprobs) if out.logprobs else [],
               "finished": out.finish_reason == "stop"}
              for i, out, reward in sorted(drawn, key=lambda draw: draw[0])]  # fmt: skip
     dist.all_gather_object(everyone := [None] * world, (list(stop), drawn))
