@@ -207,8 +207,8 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
 def sync(llm: Any, policy: Policy) -> None:
     """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    shards = policy.lm.state_dict().items()  # each is cast before it travels
-    weights = ((name, part.to(compute).full_tensor()) for name, part in shards)
+    shards = policy.lm.named_parameters()  # a tied head once; each is cast before it travels
+    weights = ((name, p.detach().to(compute).full_tensor()) for name, p in shards)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 

@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="reference pi_ref, with --values")
     add("--values", help="stage 1's file")
     add("--shape", help=f"instead of both: {', '.join(SHAPES)}")
-    add("--steps", type=int, default=20, help="measured steps, after one that is not")
+    add("--steps", type=int, default=40, help="measured steps, after one that is not")
     add("--batch-size", type=int, default=256, help="prompts per rollout")
     add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
     add("--updates-per-batch", type=int, default=2, help="updates per rollout")
