@@ -102,6 +102,7 @@ def main() -> None:
     options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
     llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, **options)
     problems.write_prompts(rows, llm.get_tokenizer(), False)
+    rows = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     watch_engine(llm, watch := Stopwatch())
     command = f"python -m experiments.engine {shlex.join(sys.argv[1:])}"
     results, lines = {"command": command, "device": describe()}, [command, describe()]

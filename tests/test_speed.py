@@ -1,5 +1,6 @@
 """The speed experiment: its arithmetic, what it counts and draws. No time is asserted anywhere."""
 
+import json
 import statistics
 
 import pytest
@@ -8,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import losses
-from experiments import speed
+from experiments import engine, speed
 from problems import UserError
 
 
@@ -115,6 +116,20 @@ def test_log_prob_takes_a_fraction_of_plain_logits():
     rows = speed.compare_logprob([64], (1024, 24_000, 64))
     assert rows[64]["ratio"] < 0.5 and rows[64]["error"] < 1e-5, rows
     assert rows[0]["gib"] > 2 * 1024 * 24_000 * 4 / 2**30, rows
+
+
+def test_every_part_of_the_engine_is_timed(run, model, dataset, tmp_path):
+    """A function that the engine no longer calls by that name would leave its part at nothing."""
+    arguments = ("--model", model, "--dataset", dataset, "--prompts", "4", "--batch-size", "4")
+    limits = ("--max-prompt-tokens", "160", "--max-tokens", "48", "--rounds", "1")
+    told = run("-m", "experiments.engine", *arguments, *limits, "--out", tmp_path / "engine")
+    assert told.code == 0, told.all
+    results = json.loads((tmp_path / "engine.json").read_text())
+    first, second = (load for load in results.values() if isinstance(load, dict))
+    for load in (first, second):
+        assert all(load[part] > 0 for part in engine.PARTS), load
+        assert sum(load[part] for part in engine.PARTS) == pytest.approx(load["total"])
+    assert first["tokens"] > second["tokens"] >= 4 and second["steps"] > 4
 
 
 def test_mistakes_are_told(monkeypatch):
