@@ -34,8 +34,7 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     bits keep their dtype, others give float32. Raises ValueError unless beta1 > 0 and N >= 1.
     """
     if not beta1 > 0 or rewards.ndim != 2 or rewards.shape[1] == 0:
-        shape = tuple(rewards.shape)
-        raise ValueError(f"need beta1 > 0 (inf: the mean) and rewards (P, N), not {beta1}, {shape}")
+        raise ValueError(f"need beta1 > 0 and rewards (P, N), not {beta1}, {tuple(rewards.shape)}")
     r, v_star = rewards.double(), rewards.double().mean(dim=1)
     if beta1 < math.inf:
         best = r.amax(dim=1, keepdim=True)
@@ -89,9 +88,8 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     """
     if token_logp.ndim != 1 or int(lengths.sum()) != len(token_logp):
         raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(token_logp.shape)}")
-    owner = torch.repeat_interleave(lengths).to(token_logp.device)  # 0, 0, 0, 1, 1, 2, ...
-    token_logp = token_logp.float()
-    return token_logp.new_zeros(len(lengths)).index_add(0, owner, token_logp)
+    # Not index_add: its order of addition is not fixed on a GPU, and pi / pi_ref would not be 1.
+    return torch.stack([part.sum() for part in token_logp.float().split(lengths.tolist())])
 
 
 def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:

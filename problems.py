@@ -513,10 +513,10 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
 
 
 def sample(
-    llm: Any, jobs: list[tuple[list[int], str, dict]], stop: Any = (),
+    llm: Any, jobs: list[tuple[dict, dict]], stop: Any = (),
     lap: Callable[[], None] = lambda: None, **params: Any,
 ) -> Iterator[tuple[int, Any, float]]:  # fmt: skip
-    """Answer jobs (prompt token ids, right answer, own params); yields (place, completion, reward).
+    """Answer jobs (row with "prompt_ids" and "answer", own params); (place, completion, reward).
 
     Graders work beside the engine, on each response as it finishes. One without EOS is graded as
     if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
@@ -529,14 +529,15 @@ def sample(
     engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), deque()
     params |= {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
     params |= {"detokenize": False}  # a text at once, below, is cheaper than token by token
-    for i, (ids, _, own) in enumerate(jobs):
-        engine.add_request(str(i), {"prompt_token_ids": ids}, SamplingParams(**params, **own))
+    for i, (row, own) in enumerate(jobs):
+        own = SamplingParams(**params, **own)
+        engine.add_request(str(i), {"prompt_token_ids": row["prompt_ids"]}, own)
     while engine.has_unfinished_requests() and not stop:
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
             done.text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
-            grade = submit(done.text if done.finish_reason == "stop" else "", jobs[i][1])
-            waiting.append((i, done, grade))
+            text, row = done.text if done.finish_reason == "stop" else "", jobs[i][0]
+            waiting.append((i, done, submit(text, row["answer"])))
         while waiting and waiting[0][2].done():
             i, done, grade = waiting.popleft()
             yield i, done, grade.result()
@@ -560,8 +561,7 @@ def sample_all(
     dist.barrier()  # all have read before one writes
     asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in drawn]
     asked = asked[rank // tp :: world // tp]
-    seeds = ({"seed": response_seed(args.seed, 0, row["id"], i)} for row, i in asked)
-    jobs = [(r["prompt_ids"], r["answer"], own) for (r, _), own in zip(asked, seeds, strict=True)]
+    jobs = [(row, {"seed": response_seed(args.seed, 0, row["id"], i)}) for row, i in asked]
     graded = sample(llm, jobs, max_tokens=args.max_tokens, **params)
     bar = tqdm(graded, total=len(jobs), unit=" responses", disable=rank > 0)
     records = ({"id": asked[place][0]["id"], "sample": asked[place][1],

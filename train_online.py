@@ -9,13 +9,11 @@ critic, group, importance ratio, clipping or normalisation (README, details).
 
 import argparse
 import contextlib
-import errno
 import itertools
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -23,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from types import SimpleNamespace
 from typing import Any, TextIO
 
@@ -31,20 +30,18 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict
-from torch.nn.utils import clip_grad_norm_
 
 import losses
 import problems
 from problems import UserError
 
-FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens")
+FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens", "chat_template")
 # What --resume may change: how long and on what a run runs, not what it computes.
 FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoints",
                   "micro_batch_tokens", "gradient_checkpointing", "offload_ref")  # fmt: skip
 COLUMNS = """step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
 lr logprob_gap seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
 tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evaluate
-STOP: list[int] = []  # the signals that some rank got and that end the run
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,9 +87,9 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
     values = problems.read_json(args.values, "header", "prompts", "sha256")
     with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
-        header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
-        missing = (name for name in FROM_HEADER if getattr(args, name) is None)
-        vars(args).update({name: header[name] for name in (*missing, "chat_template")})
+        header, prompts = values["header"], values["prompts"]
+        given = {k: v for k, v in vars(args).items() if k in FROM_HEADER and v is not None}
+        vars(args).update({k: header[k] for k in FROM_HEADER}, values_sha256=values["sha256"])
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
         prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
@@ -100,9 +97,8 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         odd = [p["id"] for p in prompts if times[p["id"]] > 1 or not math.isfinite(p["v_star"])]
         if odd or not all(isinstance(p["prompt"] + p["answer"], str) for p in prompts):
             raise ValueError(f"{odd[:9]} are there twice, or have rewards that are no numbers")
-    same = {name: getattr(args, name) for name in FROM_HEADER}
-    same |= {"prompt_template": problems.PROMPT_TEMPLATE}
-    problems.refuse_difference(args.values, header, same)
+    given["prompt_template"] = problems.PROMPT_TEMPLATE
+    problems.refuse_difference(args.values, header, given)
     problems.check_context(args)
     if args.filter_unsolved:
         prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
@@ -132,32 +128,30 @@ def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> lis
 def rollout(
     llm: Any, asked: list[tuple[dict, int]], args: argparse.Namespace, temperature: float,
     stop: Any = (), lap: Callable[[], None] = lambda: None,
-) -> list[dict]:  # fmt: skip
+) -> tuple[list[int], list[dict]]:  # fmt: skip
     """Sample and grade a response to each (prompt, seed), the engines sharing the work; collective.
 
-    Every rank gets all of them, as asked: {"prompt", "ids" (EOS included), "sampler_logp" (per
-    token, the engine's; of the first update's responses alone, as none else is on-policy),
-    "finished", "reward"}; none once a rank was told to `stop`.
+    Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
+    the responses, as asked: {"prompt", "ids" (EOS included), "sampler_logp" (per token, the
+    engine's; of the first update's responses alone, as none else is on-policy), "finished",
+    "reward"}.
     """
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
     first = len(asked) // args.updates_per_batch
     asked = [(prompt, {"seed": seed, "logprobs": 0 if i < first else None})
              for i, (prompt, seed) in enumerate(asked)]  # fmt: skip
     mine = asked[rank // tp :: world // tp]
-    jobs = [(prompt["prompt_ids"], prompt["answer"], own) for prompt, own in mine]
     options = {"max_tokens": args.max_tokens, "temperature": temperature, "flat_logprobs": True}
     # Engines of one group must end together.
-    drawn = problems.sample(llm, jobs, stop if tp == 1 else (), lap, **options)
+    drawn = problems.sample(llm, mine, stop if tp == 1 else (), lap, **options)
     drawn = [{"prompt": mine[i][0], "ids": list(out.token_ids), "reward": reward,
               "sampler_logp": list(out.logprobs.logprobs) if out.logprobs else [],
               "finished": out.finish_reason == "stop"}
              for i, out, reward in sorted(drawn, key=lambda draw: draw[0])]  # fmt: skip
     dist.all_gather_object(everyone := [None] * world, (list(stop), drawn))
-    if stops := [number for numbers, _ in everyone for number in numbers]:
-        STOP.extend(stops)  # every rank leaves with the code of the one that was told
-        return []
-    return [r for row in itertools.zip_longest(*(part for _, part in everyone[::tp]))
-            for r in row if r]  # fmt: skip
+    stops = [number for numbers, _ in everyone for number in numbers]
+    parts = [part for _, part in everyone[::tp]]
+    return stops, [r for row in itertools.zip_longest(*parts) for r in row if r]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,8 +201,9 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
 def sync(llm: Any, policy: Policy) -> None:
     """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    shards = policy.lm.named_parameters()  # a tied head once; each is cast before it travels
-    weights = ((name, p.detach().to(compute).full_tensor()) for name, p in shards)
+    # A head tied to the embedding is there twice: the engine has a copy of it, packed for CPUs.
+    shards = policy.lm.state_dict().items()
+    weights = ((name, part.to(compute).full_tensor()) for name, part in shards)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 
@@ -244,7 +239,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             if state:
                 need = 2.01 * (beside / "model.safetensors").stat().st_size
                 if shutil.disk_usage(beside).free < need:  # torch.save would not say why
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise OSError("No space left on device")
                 torch.save(state, beside / "trainer.pt")
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)
@@ -276,7 +271,6 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
     """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
     out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
-    identity["values_sha256"] = header["values_sha256"]
     metrics = problems.lock(out / "metrics.jsonl")
     for torn in (out / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(torn)
@@ -340,7 +334,7 @@ def least_squares(
     ref.reshard()  # FSDP's root stays whole after a forward without backward
     lap()
     # 5. least squares
-    sums, norms = torch.zeros(4, dtype=torch.float64, device=device), []
+    sums, norm = torch.zeros(4, dtype=torch.float64, device=device), 0.0
     for number, update in enumerate(updates):
         for batch in update:
             token_logp = policy(**batch.inputs)
@@ -354,13 +348,12 @@ def least_squares(
                 sums[1] += (logp - batch.ref_logp).detach().sum()
                 sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
                 sums[3] += len(token_logp)
-        norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor())
+        norm += torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor()
         optimizer.step()
         optimizer.zero_grad()
     dist.all_reduce(sums)
     loss, logratio, gap, tokens = sums.tolist()
-    norm = torch.stack(norms).mean().item()
-    return loss, logratio / size, logratio / tokens, norm, gap / tokens
+    return loss, logratio / size, logratio / tokens, norm.item() / len(updates), gap / tokens
 
 
 def train(
@@ -414,7 +407,7 @@ def train(
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
 
-    saved, responses = done, ["not asked yet"]
+    saved, stops = done, []
     for step in range(done + 1, args.num_steps + 1):
         clock = [time.perf_counter()]
         # 1. x ~ D
@@ -422,8 +415,8 @@ def train(
         asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
         asked = [(p, problems.response_seed(args.seed, step, p["id"], n)) for p, n in asked]
         # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
-        responses = rollout(llm, asked, args, args.temperature, told, lap)
-        if not responses:  # told to stop: the unfinished step is abandoned
+        stops, responses = rollout(llm, asked, args, args.temperature, told, lap)
+        if stops:  # the unfinished step is abandoned
             if step - 1 > saved:
                 save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
             break
@@ -448,12 +441,11 @@ def train(
                    for r in responses]  # fmt: skip
         reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
         seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory = torch.cuda.max_memory_allocated() or resident
+        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
         row = [step, loss, reward, v_star, reward - v_star, logratio, kl, length, cut, norm]
         row += [args.lr, gap, *seconds, total, length * len(responses) / total, memory / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            graded = rollout(llm, [(q, 0) for q in questions], args, temperature=0.0)
+            _, graded = rollout(llm, [(q, 0) for q in questions], args, temperature=0.0)
             row.append(sum(r["reward"] for r in graded) / len(questions))
         if rank == 0:
             line = dict(zip(COLUMNS.split(), row, strict=False))
@@ -468,8 +460,8 @@ def train(
     if rank == 0:
         print("grading:", problems.grading_counts())
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
-    if not responses:
-        sys.exit(128 + STOP[0])
+    if stops:  # every rank leaves with the code of the one that was told
+        sys.exit(128 + stops[0])
 
 
 def main() -> None:

@@ -114,9 +114,8 @@ def main() -> None:
             ([(row, 0) for row in batch], {"logprobs": 0, "flat_logprobs": True}),
     }  # fmt: skip
     for name, (asked, own) in loads.items():
-        seeds = [{"seed": problems.response_seed(args.seed, 0, row["id"], i)} for row, i in asked]
-        jobs = [(row["prompt_ids"], row["answer"], seed)
-                for (row, _), seed in zip(asked, seeds, strict=True)]  # fmt: skip
+        jobs = [(row, {"seed": problems.response_seed(args.seed, 0, row["id"], i)})
+                for row, i in asked]  # fmt: skip
         results[name] = measure(llm, jobs, watch, args.rounds, **params, **own)
         lines += table(name, results[name])
     print(*lines, sep="\n")

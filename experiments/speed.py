@@ -381,7 +381,8 @@ class Bench:
         real.switch("generate")
         with self.forced():
             lap = lambda: real.switch("grade")  # noqa: E731
-            done = train_online.rollout(self.llm, asked, self.args, self.args.temperature, (), lap)
+            how = (self.args, self.args.temperature, (), lap)
+            _, done = train_online.rollout(self.llm, asked, *how)
         real.switch()
         return done
 
