@@ -385,6 +385,7 @@ def test_workers_do_not_outlive_their_parent(ending: str, tmp_path: Path) -> Non
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\n"
         "import os, signal, time, problems\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # `make test &` ignores it
         "assert problems.grade([r'\\boxed{y+x}'], ['x+y']) == [1.0]\n"
         f"problems.submit(r'\\boxed{{{SLOW}}}', '5')\n"
         "print('ready', flush=True)\n" + ("" if ending == "return" else "time.sleep(60)\n")
