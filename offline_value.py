@@ -78,8 +78,7 @@ def main() -> None:
     problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
     short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     if not short:
-        what = f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}"
-        raise problems.UserError(what)
+        raise problems.UserError(f"no prompt fits --max-prompt-tokens {args.max_prompt_tokens}")
     drawn = problems.sample_all(llm, short, n, out, identity, args, temperature=args.temperature)
     if rank == 0:
         prompts = []

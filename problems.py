@@ -575,6 +575,7 @@ def sample_all(
                 print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
     dist.barrier()
     drawn = read_partial(out, identity)
+    dist.barrier()  # all have read before the caller deletes
     return [drawn[row["id"], i] for row in rows for i in range(n)]
 
 
@@ -660,8 +661,7 @@ def read_json(path: str | Path, *keys: str) -> Any:
 
 def write_json(path: Path, document: dict) -> None:
     """Write a JSON file, whole, with the sha256 that `read_json` checks."""
-    sha256 = {"sha256": content_sha256(document)}
-    write_whole(path, json.dumps(document | sha256, indent=1))
+    write_whole(path, json.dumps(document | {"sha256": content_sha256(document)}, indent=1))
 
 
 def content_sha256(document: dict) -> str:
