@@ -9,10 +9,8 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 
 import argparse
 import json
-import math
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import problems
@@ -51,20 +49,19 @@ def score(records: list[dict]) -> dict:
     the rest is over samples. `mean_any_end` waives the rule that a response without EOS earns 0,
     since base models ramble on.
     """
-    by_problem, cut = defaultdict(list), [r for r in records if not r["finished"]]
+    by_problem, cut = {}, [r for r in records if not r["finished"]]
     for record in records:
-        by_problem[record["id"]].append(record["reward"])
+        by_problem.setdefault(record["id"], []).append(record["reward"])
     rewards, average = list(by_problem.values()), statistics.mean
     means, n = [average(r) for r in rewards], min(map(len, rewards))
-    passed = {k: [pass_at_k(len(r), sum(x > 0 for x in r), k) for r in rewards]
+    passed = {str(k): average(pass_at_k(len(r), sum(x > 0 for x in r), k) for r in rewards)
               for k in sorted({2**i for i in range(n.bit_length())} | {n})}  # fmt: skip
-    waived = problems.grade([r["output"] for r in cut], [r["answer"] for r in cut])
-    ended = sum(r["reward"] for r in records if r["finished"])
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    any_end = problems.grade([r["output"] for r in cut], [r["answer"] for r in cut])
+    any_end += [r["reward"] for r in records if r["finished"]]
+    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
     told = {"num_problems": len(means), "num_samples": n, "mean": average(means), "stderr": error}
-    told |= {"pass_at_k": {str(k): average(values) for k, values in passed.items()}}
-    told |= {"truncated": len(cut) / len(records), "tokens": average(r["tokens"] for r in records)}
-    return told | {"mean_any_end": (ended + sum(waived)) / len(records)}
+    told |= {"pass_at_k": passed, "tokens": average(r["tokens"] for r in records)}
+    return told | {"truncated": len(cut) / len(records), "mean_any_end": average(any_end)}
 
 
 def table(benchmarks: dict[str, dict]) -> str:
@@ -113,10 +110,10 @@ def main() -> None:
         name = Path(name).stem if Path(name).suffix else name
         if name in sets:
             raise problems.UserError(f"two benchmarks are called {name}: give each its own --out")
-        sets[name] = rows
-    context = min(problems.context_length(args.model), LONGEST_PROMPT + args.max_tokens)
-    if args.max_tokens >= context:
-        raise problems.UserError(f"--max-tokens {args.max_tokens}: {args.model} reads {context}")
+        sets[name] = rows, {"rows_sha256": problems.content_sha256({"rows": rows})}
+    longest = min(problems.context_length(args.model) - args.max_tokens, LONGEST_PROMPT)
+    if longest < 1:
+        raise problems.UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no prompt")
     problems.launch(args.tensor_parallel_size)
     import torch.distributed as dist
 
@@ -125,24 +122,20 @@ def main() -> None:
         saved = problems.read_json(out / "summary.json", "header", "benchmarks", "sha256")
         problems.refuse_difference(f"what is in {out}", saved["header"], header)
         done = saved["benchmarks"]
-    identities = {k: {"rows_sha256": problems.content_sha256({"rows": v})} for k, v in sets.items()}
     for name in sets.keys() & done.keys():
-        ours = identities[name] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
+        ours = sets[name][1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
-    sets = {name: rows for name, rows in sets.items() if name not in done}
-    llm = problems.start_engine(args, context, seed=args.seed) if sets else None
-    for name, rows in sets.items():
-        problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
-        for row in rows:
-            row["prompt_ids"] = row["prompt_ids"][args.max_tokens - context :]
+    sets = {name: told for name, told in sets.items() if name not in done}
+    llm = problems.start_engine(args, longest + args.max_tokens, seed=args.seed) if sets else None
+    for name, (rows, identity) in sets.items():
+        problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template, longest)
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
         how = {"temperature": args.temperature, "top_p": args.top_p}
         how |= {"temperature": float(n > 1)} if args.temperature is None else {}
-        records = problems.sample_all(llm, rows, n, file, header | identities[name], args, **how)
+        records = problems.sample_all(llm, rows, n, file, header | identity, args, **how)
         if dist.get_rank() == 0:
-            done[name] = score(records) | identities[name]  # while the partial files are there
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
-            done[name] |= {"samples_sha256": problems.file_sha256(file)}
+            done[name] = score(records) | identity | {"samples_sha256": problems.file_sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
             for path in problems.partials(file):
                 path.unlink()

@@ -81,17 +81,17 @@ def main() -> None:
         raise problems.UserError(f"no prompt fits --max-prompt-tokens {args.max_prompt_tokens}")
     drawn = problems.sample_all(llm, short, n, out, identity, args, temperature=args.temperature)
     if rank == 0:
+        rewards = torch.tensor([s["reward"] for s in drawn], dtype=torch.float64).view(-1, n)
+        v_star, seconds = optimal_value(rewards, args.beta1), time.perf_counter() - start
         prompts = []
         for i, row in enumerate(short):
             samples = drawn[i * n : (i + 1) * n]
             prompt = {name: row[name] for name in ("id", "question", "prompt", "answer")}
             prompt |= {"rewards": [s["reward"] for s in samples]}
             prompt |= {"lengths": [s["tokens"] for s in samples]}
-            prompts.append(prompt | {"truncated": sum(not s["finished"] for s in samples)})
-        rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
-        v_star, seconds = optimal_value(rewards, args.beta1), time.perf_counter() - start
-        prompts = [p | {"v_star": v} for p, v in zip(prompts, v_star.tolist(), strict=True)]
-        tokens = sum(sum(p["lengths"]) for p in prompts)
+            prompt |= {"truncated": sum(not s["finished"] for s in samples)}
+            prompts.append(prompt | {"v_star": v_star[i].item()})
+        tokens = sum(s["tokens"] for s in drawn)
         header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
         versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
         header |= {"versions": versions | {"vllm": vllm.__version__}}

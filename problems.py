@@ -159,12 +159,13 @@ def format_prompt(question: str, chat_tokenizer: Any = None) -> str:
         return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def write_prompts(rows: list[dict], tokenizer: Any, chat_template: bool) -> None:
-    """Give each row its "prompt", if it has none, and "prompt_ids"."""
+def write_prompts(rows: list[dict], tokenizer: Any, chat: bool, longest: int = 0) -> None:
+    """Give each row its "prompt", if it has none, and the last `longest` (0: all) "prompt_ids"."""
     for row in rows:
-        row.setdefault("prompt", format_prompt(row["question"], chat_template and tokenizer))
+        row.setdefault("prompt", format_prompt(row["question"], chat and tokenizer))
         # a chat template has already written the special tokens (BOS) itself
-        row["prompt_ids"] = tokenizer(row["prompt"], add_special_tokens=not chat_template).input_ids
+        ids = tokenizer(row["prompt"], add_special_tokens=not chat).input_ids
+        row["prompt_ids"] = ids[-longest:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -559,15 +560,14 @@ def sample_all(
     rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
     partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
-    asked = [(row, i) for row in rows for i in range(n) if (row["id"], i) not in drawn]
+    asked = [row | {"sample": i} for row in rows for i in range(n) if (row["id"], i) not in drawn]
     asked = asked[rank // tp :: world // tp]
-    jobs = [(row, {"seed": response_seed(args.seed, 0, row["id"], i)}) for row, i in asked]
+    jobs = [(row, {"seed": response_seed(args.seed, 0, row["id"], row["sample"])}) for row in asked]
     graded = sample(llm, jobs, max_tokens=args.max_tokens, **params)
     bar = tqdm(graded, total=len(jobs), unit=" responses", disable=rank > 0)
-    records = ({"id": asked[place][0]["id"], "sample": asked[place][1],
-                "prompt": asked[place][0]["prompt"], "answer": asked[place][0]["answer"],
-                "output": out.text, "reward": reward, "tokens": len(out.token_ids),
-                "finished": out.finish_reason == "stop"} for place, out, reward in bar)  # fmt: skip
+    records = ({key: asked[at][key] for key in ("id", "sample", "prompt", "answer")}
+               | {"output": out.text, "reward": reward, "tokens": len(out.token_ids),
+                  "finished": out.finish_reason == "stop"} for at, out, reward in bar)  # fmt: skip
     with bar:  # ended, it leaves the line to what is told then
         for record in itertools.chain([{"identity": identity}], records):
             text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
@@ -638,9 +638,7 @@ def model_folder(model: str) -> Path:
 
 def context_length(model: str) -> float:
     """Count the tokens, prompt and response together, that a model can read."""
-    file = model_folder(model) / "config.json"
-    with explain(f"cannot read {file}"):
-        return json.loads(file.read_text("utf-8")).get("max_position_embeddings", math.inf)
+    return read_json(model_folder(model) / "config.json").get("max_position_embeddings", math.inf)
 
 
 def check_context(args: Any) -> None:
@@ -652,7 +650,7 @@ def check_context(args: Any) -> None:
 def read_json(path: str | Path, *keys: str) -> Any:
     """Read a JSON file; one of ours must have `keys`, among them its own sha256. Or UserError."""
     with explain(f"cannot read {path}"):
-        document = json.loads(Path(path).read_text("utf-8"))
+        document = dict(json.loads(Path(path).read_text("utf-8")))
         lacks = [key for key in keys if key not in document]
     if lacks or (keys and document["sha256"] != content_sha256(document)):
         raise UserError(f"{path} is damaged or edited: {lacks or 'sha256'} is not as written")

@@ -398,9 +398,8 @@ def train(
         state = torch.load(start / "trainer.pt", weights_only=True) if rank == 0 else {}
         state_dict.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
         sync(llm, policy)  # the engine holds the reference
-    problems.write_prompts(questions + prompts, llm.get_tokenizer(), args.chat_template)
-    for row in questions:  # of a longer one its end is asked
-        row["prompt_ids"] = row["prompt_ids"][-args.max_prompt_tokens :]
+    longest = args.max_prompt_tokens  # only questions may be longer
+    problems.write_prompts(questions + prompts, llm.get_tokenizer(), args.chat_template, longest)
 
     def lap() -> None:
         if on_gpu:
