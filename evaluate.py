@@ -125,7 +125,7 @@ def main() -> None:
     for name in sets.keys() & done.keys():
         ours = sets[name][1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
-    sets = {name: told for name, told in sets.items() if name not in done}
+    sets = {name: pair for name, pair in sets.items() if name not in done}
     llm = problems.start_engine(args, longest + args.max_tokens, seed=args.seed) if sets else None
     for name, (rows, identity) in sets.items():
         problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template, longest)

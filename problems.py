@@ -650,7 +650,7 @@ def check_context(args: Any) -> None:
 def read_json(path: str | Path, *keys: str) -> Any:
     """Read a JSON file; one of ours must have `keys`, among them its own sha256. Or UserError."""
     with explain(f"cannot read {path}"):
-        document = dict(json.loads(Path(path).read_text("utf-8")))
+        document = dict(json.loads(Path(path).read_text("utf-8")))  # a list is refused here
         lacks = [key for key in keys if key not in document]
     if lacks or (keys and document["sha256"] != content_sha256(document)):
         raise UserError(f"{path} is damaged or edited: {lacks or 'sha256'} is not as written")

@@ -202,7 +202,7 @@ def sync(llm: Any, policy: Policy) -> None:
     """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     # A head tied to the embedding is there twice: the engine has a copy of it, packed for CPUs.
-    shards = policy.lm.state_dict().items()
+    shards = policy.lm.state_dict().items()  # each is cast before it travels
     weights = ((name, part.to(compute).full_tensor()) for name, part in shards)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 

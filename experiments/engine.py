@@ -105,7 +105,8 @@ def main() -> None:
     rows = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     watch_engine(llm, watch := Stopwatch())
     command = f"python -m experiments.engine {shlex.join(sys.argv[1:])}"
-    results, lines = {"command": command, "device": describe()}, [command, describe()]
+    lines = [command, describe()]
+    results = dict(zip(("command", "device"), lines, strict=True))
     params = {"temperature": 1.0, "max_tokens": args.max_tokens}
     first, batch, n = rows[: args.prompts], rows[: args.batch_size], args.num_value_samples
     loads = {
