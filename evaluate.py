@@ -10,7 +10,6 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import problems
@@ -66,14 +65,12 @@ def score(records: list[dict]) -> dict:
 
 def table(benchmarks: dict[str, dict]) -> str:
     """Lay the scores out for a person."""
-    row = "{:<16} {:>8} {:>3} {:>15} {:>8} {:>9} {:>6}  {}".format
-    head = ("benchmark", "problems", "n", "mean ± s.e.", "any end", "truncated", "tokens", "pass@k")
-    lines = [row(*head)]
-    for name, s in benchmarks.items():
-        mean, passes = f"{s['mean']:.1%} ± {s['stderr']:.1%}", s["pass_at_k"].items()
-        ends = (f"{s['mean_any_end']:.1%}", f"{s['truncated']:.1%}", f"{s['tokens']:.0f}")
-        passes = "  ".join(f"@{k} {value:.1%}" for k, value in passes)
-        lines.append(row(name, s["num_problems"], s["num_samples"], mean, *ends, passes))
+    lines = ["benchmark        problems   n    mean ±  s.e.  any end  truncated  tokens  pass@k"]
+    row = ("{:<16} {num_problems:>8} {num_samples:>3} {mean:>7.1%} ± {stderr:>5.1%} "
+           "{mean_any_end:>8.1%} {truncated:>10.1%} {tokens:>7.0f}  {}").format  # fmt: skip
+    for name, told in benchmarks.items():
+        passes = (f"@{k} {value:.1%}" for k, value in told["pass_at_k"].items())
+        lines.append(row(name, "  ".join(passes), **told))
     return "\n".join(lines)
 
 
@@ -83,7 +80,7 @@ def grade_file(path: Path) -> dict:
     if summary.exists():  # samples of ours: are they as they were saved?
         saved = problems.read_json(summary, "benchmarks", "sha256")["benchmarks"].get(path.stem)
         if saved and saved["samples_sha256"] != problems.file_sha256(path):
-            print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
+            print(f"{path} is not as it was saved: damaged or edited")
     types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
     for i, row in enumerate(rows):
         with problems.explain(f"{path}, row {i + 1}"):
@@ -126,9 +123,9 @@ def main() -> None:
         ours = sets[name][1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
     sets = {name: pair for name, pair in sets.items() if name not in done}
-    llm = problems.start_engine(args, longest + args.max_tokens, seed=args.seed) if sets else None
+    llm = problems.start_engine(args, longest) if sets else None
     for name, (rows, identity) in sets.items():
-        problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template, longest)
+        problems.write_prompts(rows, llm, args, longest)
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
         how = {"temperature": args.temperature, "top_p": args.top_p}
         how |= {"temperature": float(n > 1)} if args.temperature is None else {}
@@ -141,7 +138,7 @@ def main() -> None:
                 path.unlink()
         dist.barrier()
     if dist.get_rank() == 0:
-        print(table(done), "grading:", problems.grading_counts(), sep="\n")
+        print(table(done), "grading:", problems.grading_counts, sep="\n")
     if llm:
         llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
 

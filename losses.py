@@ -14,10 +14,8 @@ Axes: P prompts, N responses per prompt, B sequences, T tokens of all sequences 
 response tokens, D hidden size, V vocabulary.
 """
 
-import functools
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,52 +108,46 @@ def deal(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]
     return [hand + [[]] * (most - len(hand)) for hand in hands]
 
 
-def pack(
-    prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu"
-) -> tuple[dict[str, Any], Tensor]:
+def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict, Tensor]:
     """Lay B sequences end to end without padding, for a model with `packed_attention`.
 
     Returns the inputs: input_ids and position_ids (1, T), the bounds of the sequences, and `rows`
     (R,), the places whose hidden state predicts the response tokens `targets` (R,); and the
-    responses' lengths (B,), on the CPU. A response's last token predicts nothing and is not fed.
+    responses' lengths (B,). A response's last token predicts nothing and is not fed.
     """
     whole = [x + y[:-1] for x, y in zip(prompts, responses, strict=True)]
     bounds = [0, *itertools.accumulate(map(len, whole))]
     ends = zip(bounds[1:], responses, strict=True)
-    tensor = functools.partial(torch.tensor, device=device)
-    inputs = {"input_ids": tensor([[token for ids in whole for token in ids]])}
-    inputs["position_ids"] = tensor([[i for ids in whole for i in range(len(ids))]])
-    inputs["rows"] = tensor([row for end, y in ends for row in range(end - len(y), end)])
-    inputs["targets"] = tensor([token for y in responses for token in y])
-    inputs["cu_seq_lens_q"] = tensor(bounds, dtype=torch.int32)
+    inputs = {"input_ids": torch.tensor([[token for ids in whole for token in ids]])}
+    inputs["position_ids"] = torch.tensor([[i for ids in whole for i in range(len(ids))]])
+    inputs["rows"] = torch.tensor([row for end, y in ends for row in range(end - len(y), end)])
+    inputs["targets"] = torch.tensor([token for y in responses for token in y])
+    inputs["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32)
     inputs["max_length_q"] = max(map(len, whole))
     return inputs, torch.tensor([len(y) for y in responses])
 
 
 def packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, cu_seq_lens_q: Tensor,
-    max_length_q: int, scaling: float | None = None, **kwargs: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, *,
+    cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each packed sequence, as transformers calls it.
 
     (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
     is not; and what transformers itself does about packing fails silently.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if q.is_cuda:
+    qkv = (query, key, value)
+    if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        options = {"window_size": (-1, 0), "enable_gqa": True}
-        return varlen_attn(q, k, v, *bounds, scale=scaling, **options)[None], None
-    # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
-    real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
-    padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
-    for empty, x in zip(padded, (q, k, v), strict=True):
-        empty[real] = x
-    q, k, v = (x.transpose(1, 2) for x in padded)
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2)[real][None], None
+        options = {"window_size": (-1, 0), "enable_gqa": True, "scale": scaling}
+        return varlen_attn(*(x[0].transpose(0, 1) for x in qkv), *bounds, **options)[None], None
+    # No such kernel on the CPU: one sequence after the other, faster there than padding them.
+    sequences = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in qkv), strict=True)
+    options = {"is_causal": True, "enable_gqa": True, "scale": scaling}
+    out = [scaled_dot_product_attention(*sequence, **options) for sequence in sequences]
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
 def a_star_po_loss(

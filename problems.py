@@ -6,14 +6,11 @@ is imported at the top, as the file is also run as a grading worker (section 4),
 
 import contextlib
 import ctypes
-import datetime
 import fcntl
 import functools
-import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -21,8 +18,7 @@ import signal
 import socket
 import sys
 import threading
-import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -56,15 +52,14 @@ DATASETS = {
     ("gsm8k", "test"): ("openai/gsm8k", "main", "test", "question", "answer"),
     ("math500", "test"): ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
     ("minerva", "test"): ("math-ai/minervamath", None, "test", "question", "answer"),
-    ("olympiadbench", "test"): (
-        *("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"),
-    ),
+    ("olympiadbench", "test"): ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
+                                "question", "final_answer"),
     ("amc23", "test"): ("math-ai/amc23", None, "test", "question", "answer"),
     ("aime24", "test"): ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
     ("aime25", "test"): ("math-ai/aime25", None, "test", "problem", "answer"),
     ("hmmt_feb_2024", "test"): ("MathArena/hmmt_feb_2024", None, "train", "problem", "answer"),
     ("hmmt_feb_2025", "test"): ("MathArena/hmmt_feb_2025", None, "train", "problem", "answer"),
-}
+}  # fmt: skip
 
 
 def load_problems(name: str, serves: str | None = None) -> list[dict]:
@@ -87,23 +82,19 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
         known = ", ".join(sorted({n for n, role in DATASETS if serves in (None, role)}))
         raise UserError(f"no dataset {name!r}: give a .jsonl, .json or .parquet file, or {known}")
     for number, row in enumerate(rows, start=1):
-        where = f"{name}, row {number}"
-        if not isinstance(row, dict) or not row.keys() >= {ask, tell}:
-            raise UserError(f"{where} lacks {ask!r} or {tell!r}: {row!r:.80}")
-        question, answer, key = row[ask], row[tell], f"{path.stem}/{number - 1}"
-        if not isinstance(question, str) or not question.strip():
-            raise UserError(f"{where}: the question is not a text: {question!r:.60}")
-        if tell == "solution":
-            answer = last_box(str(answer))
-        elif tell == "final_answer":  # OlympiadBench: a list of one
-            answer = answer[0] if answer else None
-        elif name == "gsm8k":
-            answer = str(answer).split("####")[-1].strip()
+        with explain(f"{name}, row {number} wants a text {ask!r} and {tell!r}: {row!r:.80}"):
+            # no tokenizer takes lone surrogates
+            question, answer = row[ask].encode(errors="replace").decode(), row[tell]
+            if not question.strip():
+                raise ValueError("it is empty")
+        answer = (answer or [None])[0] if tell == "final_answer" else answer  # a list of one
+        answer = last_box(str(answer)) if tell == "solution" else answer
+        answer = str(answer).split("####")[-1].strip() if name == "gsm8k" else answer
+        key = f"{path.stem}/{number - 1}"
         if path.suffix and row.get("id") is not None:
             key = str(row["id"]).encode(errors="replace").decode()
         if key in problems:
-            raise UserError(f"{where}: its id {key!r} is also that of a row before it")
-        question = question.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
+            raise UserError(f"{name}, row {number}: its id {key!r} is also that of a row before it")
         problems[key] = {"id": key, "question": question, "answer": answer}
     if not problems:
         raise UserError(f"{name} has no rows")
@@ -159,8 +150,9 @@ def format_prompt(question: str, chat_tokenizer: Any = None) -> str:
         return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def write_prompts(rows: list[dict], tokenizer: Any, chat: bool, longest: int = 0) -> None:
+def write_prompts(rows: list[dict], llm: Any, args: Any, longest: int = 0) -> None:
     """Give each row its "prompt", if it has none, and the last `longest` (0: all) "prompt_ids"."""
+    tokenizer, chat = llm.get_tokenizer(), args.chat_template
     for row in rows:
         row.setdefault("prompt", format_prompt(row["question"], chat and tokenizer))
         # a chat template has already written the special tokens (BOS) itself
@@ -335,7 +327,7 @@ def _values(text: str) -> list[Any]:
     case = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
     tree = latex2sympy(f"({text.replace('=', ')-(', 1)})", conversion_config=case)  # (): all of it
     exact = {x: Rational(str(x)) for x in tree.atoms(Float)} | {Symbol("i"): I}
-    spots = {x: zlib.crc32(x.name.encode()) % 9973 for x in tree.free_symbols}
+    spots = {x: int.from_bytes(x.name.encode()) ** 3 % 9973 for x in tree.free_symbols}
     points = ({x: Rational(spot - k, 2000) for x, spot in spots.items()} for k in (0, 5000))
     values = [tree.xreplace(point | exact) for point in points]
     return [Integer(0) if value.is_zero else value.evalf(350) for value in values]
@@ -356,7 +348,8 @@ def _verify(gold: str, pred: str) -> bool:
 # 4. Grading many at once
 
 SECONDS_PER_PAIR = 3
-_counts = Counter(timeouts=0, failures=0, ungradable=0)
+# Of this process. A failure is a worker that died of a pair, twice.
+grading_counts = {"timeouts": 0, "failures": 0, "ungradable": 0}
 _mine = threading.local()  # each thread of the pool has a worker process of its own
 
 
@@ -377,7 +370,7 @@ def submit(response: str, answer: Any) -> Future:
     except NotImplementedError:
         return _pool(os.getpid()).submit(_ask_worker, json.dumps([response, answer]))
     except ValueError:
-        _counts["ungradable"] += 1
+        grading_counts["ungradable"] += 1
         verdict.set_result(0.0)
     return verdict
 
@@ -385,11 +378,6 @@ def submit(response: str, answer: Any) -> Future:
 def grade(responses: list[str], answers: list[Any]) -> list[float]:
     """Grade many responses at once, in order."""
     return [v.result() for v in [submit(*pair) for pair in zip(responses, answers, strict=True)]]
-
-
-def grading_counts() -> dict[str, int]:
-    """Count this process's timeouts, failures (a worker died of a pair, twice) and ungradables."""
-    return dict(_counts)
 
 
 # The threads of this process, or of a fork: more than cores, as some wait in vain.
@@ -409,22 +397,8 @@ def _ask_worker(line: str, retry: bool = True) -> float:
     _mine.worker, timed_out = None, worker.wait() == -signal.SIGALRM
     if retry and not timed_out:
         return _ask_worker(line, retry=False)
-    _counts["timeouts" if timed_out else "failures"] += 1
+    grading_counts["timeouts" if timed_out else "failures"] += 1
     return 0.0
-
-
-def _work() -> None:
-    """Grade the pairs that come in on stdin until it closes, as it does however the parent ends.
-
-    The kernel's alarm kills the worker over a pair that takes too long, in whatever code it hangs.
-    """
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    # the parser is slow until it has learned; where it is missing the worker dies, and is counted
-    assert _verify(r"\frac{x^{2}}{\sqrt[3]{8}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=\frac{4\pi}{3}+1")
-    for line in sys.stdin:
-        signal.alarm(SECONDS_PER_PAIR)
-        print(reward(*json.loads(line)), flush=True)
-        signal.alarm(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,12 +411,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 def run(main: Callable[[], None]) -> None:
     """Run a script: exit code 2 and a sentence for a user's mistake, 1 for what broke.
 
-    SIGINT or SIGTERM ends it in good order, a second one at once.
+    SIGINT or SIGTERM ends it in good order, the same once more at once.
     """
 
     def stop(number: int, frame: Any) -> None:
-        for each in STOPS:
-            signal.signal(each, lambda n, frame: os._exit(128 + n))
+        signal.signal(number, signal.SIG_DFL)
         sys.exit(128 + number)
 
     for each in STOPS:
@@ -455,18 +428,20 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
+# A lone rank, on any free port. A CPU engine takes all cores, not one, and 1 GiB.
+UNLESS_SET = """RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1
+MASTER_PORT=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
+HF_HUB_DISABLE_PROGRESS_BARS=1"""
+
+
 def launch(tensor_parallel_size: int = 1) -> None:
     """Give every GPU a rank, and join their process group.
 
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
-    # The engine lives in its rank; a CPU engine takes all cores, not one, and 1 GiB.
-    for setting in ("VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_CPU_OMP_THREADS_BIND=nobind",
-                    "VLLM_CPU_KVCACHE_SPACE=1", "VLLM_LOGGING_LEVEL=ERROR",
-                    "HF_HUB_DISABLE_PROGRESS_BARS=1"):  # fmt: skip
-        os.environ.setdefault(*setting.split("="))
     import torch
+    from torch import distributed as dist
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
 
@@ -478,25 +453,24 @@ def launch(tensor_parallel_size: int = 1) -> None:
             socket.create_connection(agent, timeout=60).close()
     elif gpus > 1:
         try:
-            command = ["--standalone", f"--nproc-per-node={gpus}", *sys.argv]
-            sys.exit(torchrun.run(torchrun.parse_args(command)))
+            sys.exit(torchrun.main(["--standalone", f"--nproc-per-node={gpus}", *sys.argv]))
         except errors.ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             sys.exit(code if code in (2, 130, 143) else 1)
         except api.SignalException as error:
             sys.exit(128 + error.sigval)
-    else:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
+    for setting in UNLESS_SET.split():
+        os.environ.setdefault(*setting.split("="))
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    day = datetime.timedelta(days=1)  # ranks end their sampling at different times
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=day)
-    if torch.distributed.get_world_size() % tensor_parallel_size:
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    # A day, not half an hour, for ranks end their sampling at different times.
+    dist.init_process_group(backend, timeout=48 * dist.default_pg_timeout)
+    if dist.get_world_size() % tensor_parallel_size:
         raise UserError(f"--tensor-parallel-size {tensor_parallel_size} does not part the GPUs")
 
 
-def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
+def start_engine(args: Any, longest_prompt: int, **options: Any) -> Any:
     """Start this rank's vLLM engine inside this process, alike in all stages; collective."""
     import torch
     from vllm import LLM
@@ -504,52 +478,60 @@ def start_engine(args: Any, max_model_len: int, **options: Any) -> Any:
     gpu, tp = torch.cuda.is_available(), args.tensor_parallel_size
     torch._dynamo.config.disable = not gpu  # a CPU would compile for seconds to gain microseconds
     options |= {"dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu}
-    options |= {"enable_chunked_prefill": gpu}  # the CPU engine cannot seed a prompt that it cuts
-    options |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 logits would blur pi itself
+    # The CPU engine cannot seed a prompt that it cuts; bf16 logits would blur pi itself.
+    options |= {"enable_chunked_prefill": gpu, "hf_overrides": {"head_dtype": "float32"}}
+    options |= {"max_model_len": longest_prompt + args.max_tokens, "seed": args.seed}
     options |= {"gpu_memory_utilization": args.gpu_memory_utilization, "tensor_parallel_size": tp}
-    options |= {"distributed_executor_backend": "external_launcher"}  # an engine per torchrun rank
-    options |= {"max_model_len": max_model_len, "use_tqdm_on_load": False}
+    # An engine in each rank.
+    options |= {"distributed_executor_backend": "external_launcher", "use_tqdm_on_load": False}
     with explain(f"the engine does not start with {args.model}"):
         return LLM(str(model_folder(args.model)), **options)
 
 
 def sample(
-    llm: Any, jobs: list[tuple[dict, dict]], stop: Any = (),
-    lap: Callable[[], None] = lambda: None, **params: Any,
-) -> Iterator[tuple[int, Any, float]]:  # fmt: skip
-    """Answer jobs (row with "prompt_ids" and "answer", own params); (place, completion, reward).
+    llm: Any, jobs: list[tuple[dict, dict]], args: Any,
+    stop: Any = (), lap: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, dict]]:  # fmt: skip
+    """Answer this engine's share of jobs (row, sampling parameters); yields (place, response).
 
-    Graders work beside the engine, on each response as it finishes. One without EOS is graded as
-    if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V* is an
-    expectation under pi_ref itself. Once `stop` is true the rest is abandoned; `lap` is called when
-    only grades are awaited.
+    A row has "prompt_ids" and "answer". A response is {"ids" (EOS included), "output" (as text),
+    "finished" (by EOS), "sampler_logp" (per token; empty unless the job asks for "logprobs":
+    0), "reward"}. Graders work beside the engine, on each response as it finishes; one without EOS
+    is graded as if it said nothing: 0, in every stage. top_p = 1 and no top_k unless asked for: V*
+    is an expectation under pi_ref itself. Once `stop` is true the rest is abandoned, where an
+    engine has one rank; `lap` is called when only grades are awaited.
     """
+    from torch import distributed as dist
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), deque()
-    params |= {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
-    params |= {"detokenize": False}  # a text at once, below, is cheaper than token by token
-    for i, (row, own) in enumerate(jobs):
-        own = SamplingParams(**params, **own)
-        engine.add_request(str(i), {"prompt_token_ids": row["prompt_ids"]}, own)
-    while engine.has_unfinished_requests() and not stop:
+    alike = {"max_tokens": args.max_tokens, "output_kind": RequestOutputKind.FINAL_ONLY}
+    # A text at once, below, is cheaper than token by token.
+    alike |= {"skip_clone": True, "detokenize": False, "flat_logprobs": True}
+    tp = args.tensor_parallel_size
+    for i in range(dist.get_rank() // tp, len(jobs), dist.get_world_size() // tp):
+        params = SamplingParams(**alike, **jobs[i][1])
+        engine.add_request(str(i), {"prompt_token_ids": jobs[i][0]["prompt_ids"]}, params)
+    while engine.has_unfinished_requests() and not (stop and tp == 1):
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
-            done.text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
-            text, row = done.text if done.finish_reason == "stop" else "", jobs[i][0]
-            waiting.append((i, done, submit(text, row["answer"])))
+            drawn = {"ids": list(done.token_ids), "finished": done.finish_reason == "stop"}
+            drawn["output"] = tokenizer.decode(drawn["ids"], skip_special_tokens=True)
+            drawn["sampler_logp"] = list(done.logprobs.logprobs) if done.logprobs else []
+            text = drawn["output"] if drawn["finished"] else ""
+            waiting.append((i, drawn, submit(text, jobs[i][0]["answer"])))
         while waiting and waiting[0][2].done():
-            i, done, grade = waiting.popleft()
-            yield i, done, grade.result()
+            i, drawn, grade = waiting.popleft()
+            yield i, drawn | {"reward": grade.result()}
     lap()
-    yield from ((i, done, grade.result()) for i, done, grade in waiting)
+    yield from ((i, drawn | {"reward": grade.result()}) for i, drawn, grade in waiting)
 
 
 def sample_all(
     llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any, **params: Any
 ) -> list[dict]:
-    """Draw n graded samples of each row, the ranks sharing the work; a list of records.
+    """Draw n graded samples of each row, the engines sharing the work; a list of records.
 
     Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with
     the same identity draws only what is missing; another identity is a UserError naming the field.
@@ -557,22 +539,22 @@ def sample_all(
     from torch import distributed as dist
     from tqdm import tqdm
 
-    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
+    rank, world = dist.get_rank(), dist.get_world_size()
     partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
     asked = [row | {"sample": i} for row in rows for i in range(n) if (row["id"], i) not in drawn]
-    asked = asked[rank // tp :: world // tp]
-    jobs = [(row, {"seed": response_seed(args.seed, 0, row["id"], row["sample"])}) for row in asked]
-    graded = sample(llm, jobs, max_tokens=args.max_tokens, **params)
-    bar = tqdm(graded, total=len(jobs), unit=" responses", disable=rank > 0)
-    records = ({key: asked[at][key] for key in ("id", "sample", "prompt", "answer")}
-               | {"output": out.text, "reward": reward, "tokens": len(out.token_ids),
-                  "finished": out.finish_reason == "stop"} for at, out, reward in bar)  # fmt: skip
+    seeds = (response_seed(args.seed, 0, row["id"], row["sample"]) for row in asked)
+    jobs = [(row, params | {"seed": seed}) for row, seed in zip(asked, seeds, strict=True)]
+    share = -(-len(jobs) * args.tensor_parallel_size // world)  # rounded up
+    bar = tqdm(sample(llm, jobs, args), total=share, unit=" responses", disable=rank > 0)
+    records = ({key: asked[i][key] for key in ("id", "sample", "prompt", "answer")}
+               | {key: drawn[key] for key in ("output", "reward", "finished")}
+               | {"tokens": len(drawn["ids"])} for i, drawn in bar)  # fmt: skip
     with bar:  # ended, it leaves the line to what is told then
         for record in itertools.chain([{"identity": identity}], records):
-            text = json.dumps(record)  # behind a checksum, which tells a torn line from a whole one
+            text = json.dumps(record)  # behind its hash, which tells a torn line from a whole one
             with explain(f"cannot write {partial.name}", OSError):
-                print(f"\n{zlib.crc32(text.encode()):08x} {text}", end="", file=partial, flush=True)
+                print(f"\n{sha256(text)} {text}", end="", file=partial, flush=True)
     dist.barrier()
     drawn = read_partial(out, identity)
     dist.barrier()  # all have read before the caller deletes
@@ -583,21 +565,20 @@ def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
     """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
     records = {}
     for path in partials(out):
-        ours = False  # until it says so: no record counts whose identity is not known
-        for line in path.read_text("utf-8", "replace").split("\n"):
-            if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}":
-                record = json.loads(line[9:])
-                if "identity" in record:
-                    refuse_difference(str(path), record["identity"], identity)
-                    ours = True
-                elif ours:
-                    records[record["id"], record["sample"]] = record
+        lines = path.read_text("utf-8", "replace").split("\n")
+        whole = (json.loads(line[65:]) for line in lines if line[:64] == sha256(line[65:]))
+        # Before it says whose it is no record counts.
+        for record in itertools.dropwhile(lambda record: "identity" not in record, whole):
+            if "identity" in record:
+                refuse_difference(str(path), record["identity"], identity)
+            else:
+                records[record["id"], record["sample"]] = record
     return records
 
 
 def partials(out: Path) -> list[Path]:
     """List the files of records beside OUT; once OUT holds them all they can go."""
-    return list(out.parent.glob(f"{glob.escape(out.name)}.partial-*"))
+    return [p for p in out.parent.glob("*") if p.name.startswith(f"{out.name}.partial-")]
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -606,7 +587,7 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
 
 
-MOST = {"beta1": math.inf, "top_p": 1, "gpu_memory_utilization": 1}  # others are finite
+MOST = {"beta1": float("inf"), "top_p": 1, "gpu_memory_utilization": 1}  # others are finite
 
 
 def check_args(args: Any, *may_be_zero: str) -> None:
@@ -630,15 +611,14 @@ def model_folder(model: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         with explain(f"no model {model}, here or on the hub"):
             folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
-    wanted = ("config.json", "*.safetensors", "*token*")
-    if not all(any(folder.glob(pattern)) for pattern in wanted):
+    if not all(any(folder.glob(name)) for name in ("config.json", "*.safetensors", "*token*")):
         raise UserError(f"{folder} is no model: it wants config.json, *.safetensors, a tokenizer")
     return folder
 
 
 def context_length(model: str) -> float:
     """Count the tokens, prompt and response together, that a model can read."""
-    return read_json(model_folder(model) / "config.json").get("max_position_embeddings", math.inf)
+    return read_json(model_folder(model) / "config.json").get("max_position_embeddings", 1e300)
 
 
 def check_context(args: Any) -> None:
@@ -664,8 +644,12 @@ def write_json(path: Path, document: dict) -> None:
 
 def content_sha256(document: dict) -> str:
     """Hash a document, but for its own sha256."""
-    content = {key: value for key, value in document.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return sha256(json.dumps({key: value for key, value in document.items() if key != "sha256"}))
+
+
+def sha256(text: str) -> str:
+    """Hash a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
@@ -681,14 +665,11 @@ def file_sha256(path: Path) -> str:
 
 
 def identify(args: Any, *free: str) -> dict:
-    """Arguments, prompt and the model's files (rank 0 reads): what decides what is sampled."""
-    from torch import distributed as dist
-
+    """Arguments, prompt and the model's files: what decides what is sampled."""
     free += ("out", "gpu_memory_utilization", "tensor_parallel_size")
-    box = [content_sha256(folder_hashes(model_folder(args.model))) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(box)
-    identity = {"prompt_template": PROMPT_TEMPLATE, "model_sha256": box[0]}
-    return {name: value for name, value in vars(args).items() if name not in free} | identity
+    identity = {name: value for name, value in vars(args).items() if name not in free}
+    identity["model_sha256"] = content_sha256(folder_hashes(model_folder(args.model)))
+    return identity | {"prompt_template": PROMPT_TEMPLATE}
 
 
 def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
@@ -710,13 +691,19 @@ def write_whole(path: Path, text: str) -> None:
 
 def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
-    with explain(f"cannot write {path}"):
+    with explain(f"cannot write {path}, or another run does"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
-    with explain(f"another run is writing {path}, wait or give another --out"):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
 
+# A grading worker: the pairs come in on stdin until it closes, as it does however the parent ends.
 if __name__ == "__main__" and sys.argv[1:] == ["--grade-worker"]:
-    _work()
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    # the parser is slow until it has learned; where it is missing the worker dies, and is counted
+    assert _verify(r"\frac{x^{2}}{\sqrt[3]{8}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=\frac{4\pi}{3}+1")
+    for line in sys.stdin:
+        signal.alarm(SECONDS_PER_PAIR)  # the kernel kills it then, in whatever code it hangs
+        print(reward(*json.loads(line)), flush=True)
+        signal.alarm(0)

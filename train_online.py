@@ -18,22 +18,19 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from types import SimpleNamespace
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed import fsdp
-from torch.distributed.checkpoint import state_dict
+from torch.distributed.checkpoint import state_dict as dcp
 
 import losses
 import problems
-from problems import UserError
 
 FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens", "chat_template")
 # What --resume may change: how long and on what a run runs, not what it computes.
@@ -42,6 +39,8 @@ FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoin
 COLUMNS = """step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
 lr logprob_gap seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
 tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evaluate
+ON_GPU = torch.cuda.is_available()
+DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,7 +83,9 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """
     problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
+        raise problems.UserError(
+            f"--batch-size {args.batch_size} is not divisible by --updates-per-batch"
+        )
     values = problems.read_json(args.values, "header", "prompts", "sha256")
     with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
         header, prompts = values["header"], values["prompts"]
@@ -93,10 +94,9 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
         prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
-        times = Counter(p["id"] for p in prompts)
-        odd = [p["id"] for p in prompts if times[p["id"]] > 1 or not math.isfinite(p["v_star"])]
-        if odd or not all(isinstance(p["prompt"] + p["answer"], str) for p in prompts):
-            raise ValueError(f"{odd[:9]} are there twice, or have rewards that are no numbers")
+        texts = {p["id"]: "".join((p["prompt"], p["answer"])) for p in prompts}
+        if len(texts) < len(prompts) or not all(map(math.isfinite, v_star)):
+            raise ValueError("an id is there twice, or a reward is no number")
     given["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, given)
     problems.check_context(args)
@@ -104,12 +104,15 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
     if len(prompts) < args.batch_size:
         left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
-        raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
+        raise problems.UserError(
+            f"{args.values} has {left}, fewer than --batch-size {args.batch_size}"
+        )
     if args.eval_dataset:
         problems.load_problems(args.eval_dataset, "test")
-    out, first = Path(args.out), os.environ.get("RANK", "0") == "0"
-    if first and not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is in use: continue it with --resume, or give another --out")
+    if not args.resume and any(Path(args.out).glob("*")):
+        raise problems.UserError(
+            f"{args.out} is in use: --resume continues it; or give another --out"
+        )
     return header, prompts
 
 
@@ -117,41 +120,37 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 # Sampling
 
 
-def step_prompts(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Choose the prompts of step 1, 2, ...: seeded shuffled epochs, their remainders dropped."""
-    epoch, batch = divmod(step - 1, num_prompts // batch_size)
-    order = list(range(num_prompts))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[batch * batch_size : (batch + 1) * batch_size]
+def step_jobs(prompts: list[dict], args: argparse.Namespace, step: int) -> list[tuple[dict, dict]]:
+    """Say what step 1, 2, ... samples, and how: (prompt, its response's own sampling parameters).
+
+    Prompts come in seeded shuffled epochs, their remainders dropped. The engine tells its log-probs
+    of the first update's responses alone: no others are on-policy.
+    """
+    epoch, batch = divmod(step - 1, len(prompts) // args.batch_size)
+    order = list(prompts)
+    random.Random(f"{args.seed}/{epoch}").shuffle(order)
+    order = order[batch * args.batch_size : (batch + 1) * args.batch_size]
+    asked = [(prompt, n) for prompt in order for n in range(args.samples_per_prompt)]
+    return [(prompt, {"temperature": args.temperature,
+                      "seed": problems.response_seed(args.seed, step, prompt["id"], n),
+                      "logprobs": 0 if i < len(asked) // args.updates_per_batch else None})
+            for i, (prompt, n) in enumerate(asked)]  # fmt: skip
 
 
 def rollout(
-    llm: Any, asked: list[tuple[dict, int]], args: argparse.Namespace, temperature: float,
+    llm: Any, jobs: list[tuple[dict, dict]], args: argparse.Namespace,
     stop: Any = (), lap: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[dict]]:  # fmt: skip
-    """Sample and grade a response to each (prompt, seed), the engines sharing the work; collective.
+    """Answer and grade jobs, the engines sharing the work; collective.
 
     Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
-    the responses, as asked: {"prompt", "ids" (EOS included), "sampler_logp" (per token, the
-    engine's; of the first update's responses alone, as none else is on-policy), "finished",
-    "reward"}.
+    the responses of `problems.sample`, in order and each with its "prompt".
     """
-    rank, world, tp = dist.get_rank(), dist.get_world_size(), args.tensor_parallel_size
-    first = len(asked) // args.updates_per_batch
-    asked = [(prompt, {"seed": seed, "logprobs": 0 if i < first else None})
-             for i, (prompt, seed) in enumerate(asked)]  # fmt: skip
-    mine = asked[rank // tp :: world // tp]
-    options = {"max_tokens": args.max_tokens, "temperature": temperature, "flat_logprobs": True}
-    # Engines of one group must end together.
-    drawn = problems.sample(llm, mine, stop if tp == 1 else (), lap, **options)
-    drawn = [{"prompt": mine[i][0], "ids": list(out.token_ids), "reward": reward,
-              "sampler_logp": list(out.logprobs.logprobs) if out.logprobs else [],
-              "finished": out.finish_reason == "stop"}
-             for i, out, reward in sorted(drawn, key=lambda draw: draw[0])]  # fmt: skip
-    dist.all_gather_object(everyone := [None] * world, (list(stop), drawn))
-    stops = [number for numbers, _ in everyone for number in numbers]
-    parts = [part for _, part in everyone[::tp]]
-    return stops, [r for row in itertools.zip_longest(*parts) for r in row if r]
+    drawn = {i: response | {"prompt": jobs[i][0]}
+             for i, response in problems.sample(llm, jobs, args, stop, lap)}  # fmt: skip
+    dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), drawn))
+    drawn = {i: response for _, drawn in everyone for i, response in drawn.items()}
+    return [n for stops, _ in everyone for n in stops], [drawn[i] for i in sorted(drawn)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,17 +181,18 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
     odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
     sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
     if odd or sliding or lm.get_output_embeddings().bias is not None:
-        raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
-    return shard(lm, mesh, torch.bfloat16 if mesh.device_type == "cuda" else torch.float32, offload)
+        raise problems.UserError(
+            f"{lm.config.model_type} has an attention or a head not supported here"
+        )
+    return shard(lm, mesh, COMPUTE, offload)
 
 
 def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = False) -> Policy:
     """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
-    policy, options = Policy(lm), {"mesh": mesh}
-    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
-    options |= {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
-    if compute == torch.float32:  # on a CPU gathering costs time, and there is room to keep it
-        options["reshard_after_forward"] = False
+    policy, options = Policy(lm), {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
+    options |= {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    # On a CPU gathering costs time, and there is room to keep what is gathered.
+    options |= {"reshard_after_forward": compute != torch.float32}
     for module in [*lm.base_model.layers, policy]:
         fsdp.fully_shard(module, **options)
     return policy.train()
@@ -200,10 +200,9 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
 
 def sync(llm: Any, policy: Policy) -> None:
     """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
-    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     # A head tied to the embedding is there twice: the engine has a copy of it, packed for CPUs.
     shards = policy.lm.state_dict().items()  # each is cast before it travels
-    weights = ((name, part.to(compute).full_tensor()) for name, part in shards)
+    weights = ((name, part.to(COMPUTE).full_tensor()) for name, part in shards)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 
@@ -211,7 +210,7 @@ def sync(llm: Any, policy: Policy) -> None:
 # The run's folder: every file whole or absent
 
 
-WHOLE = state_dict.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
+WHOLE = dcp.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
 
 
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
@@ -221,13 +220,11 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
     alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
     Written beside, hashed into manifest.json, flushed, renamed.
     """
-    beside, small = folder.with_name(f".{folder.name}.tmp"), torch.cuda.is_available()
-    dtype = torch.bfloat16 if small and not optimizer else torch.float32
+    beside, dtype = folder.with_name(".unfinished"), torch.float32 if optimizer else COMPUTE
     shards = policy.lm.named_parameters()  # a head tied to the embedding is there once
     whole = ((name, p.detach().to(dtype).full_tensor()) for name, p in shards)
     weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
-    get_state = state_dict.get_optimizer_state_dict
-    state = get_state(policy, optimizer, options=WHOLE) if optimizer else {}
+    state = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer else {}
     if dist.get_rank() == 0:
         with problems.explain(f"cannot write {folder}", OSError):
             shutil.rmtree(beside, ignore_errors=True)
@@ -237,10 +234,8 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse
             problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
             if state:
-                need = 2.01 * (beside / "model.safetensors").stat().st_size
-                if shutil.disk_usage(beside).free < need:  # torch.save would not say why
-                    raise OSError("No space left on device")
-                torch.save(state, beside / "trainer.pt")
+                with open(beside / "trainer.pt", "wb") as file:  # a path's failure is not explained
+                    torch.save(state, file)
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)
             os.sync()
@@ -259,7 +254,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(problems.UserError):
         manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
         if folder.name in ("final", f"step-{manifest['step']}"):
             there = problems.folder_hashes(folder).items()
@@ -272,8 +267,6 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
     out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
     metrics = problems.lock(out / "metrics.jsonl")
-    for torn in (out / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(torn)
     if (out / "config.json").exists():
         saved = problems.read_json(out / "config.json", "sha256")
         problems.refuse_difference(f"the run in {out}", saved, identity)
@@ -298,7 +291,7 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
 # The algorithm
 
 
-def micro_batches(update: list[dict], args: argparse.Namespace, device: Any) -> list:
+def micro_batches(update: list[dict], args: argparse.Namespace) -> list[argparse.Namespace]:
     """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
     lengths = [len(r["prompt"]["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
@@ -307,11 +300,11 @@ def micro_batches(update: list[dict], args: argparse.Namespace, device: Any) -> 
         prompts = [r["prompt"] for r in chosen]
         batch = {"rewards": [r["reward"] for r in chosen], "v_star": [p["v_star"] for p in prompts],
                  "sampler_logp": [x for r in chosen for x in r["sampler_logp"]]}  # fmt: skip
-        batch = {name: torch.tensor(x, device=device) for name, x in batch.items()}
+        batch = {name: torch.tensor(x, device=DEVICE) for name, x in batch.items()}
         ids = [p["prompt_ids"] for p in prompts], [r["ids"] for r in chosen]
-        inputs, batch["lengths"] = losses.pack(*ids, device)
+        inputs, batch["lengths"] = losses.pack(*ids)  # FSDP moves the inputs
         batch["inputs"] = inputs | {"temperature": args.temperature}
-        batches.append(SimpleNamespace(**batch, share=len(hand) / len(update)))
+        batches.append(argparse.Namespace(**batch, share=len(hand) / len(update)))
     return batches
 
 
@@ -325,16 +318,15 @@ def least_squares(
     are of the first update, before it moves the weights: there pi still is what sampled.
     """
     # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
-    device, size = next(policy.parameters()).device, len(responses) // args.updates_per_batch
+    size = len(responses) // args.updates_per_batch
     updates = [responses[i : i + size] for i in range(0, len(responses), size)]
-    updates = [micro_batches(update, args, device) for update in updates]
+    updates = [micro_batches(update, args) for update in updates]
     with torch.no_grad():
         for batch in itertools.chain(*updates):
             batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
-    ref.reshard()  # FSDP's root stays whole after a forward without backward
     lap()
     # 5. least squares
-    sums, norm = torch.zeros(4, dtype=torch.float64, device=device), 0.0
+    sums, norm = torch.zeros(4, dtype=torch.float64, device=DEVICE), 0.0
     for number, update in enumerate(updates):
         for batch in update:
             token_logp = policy(**batch.inputs)
@@ -367,8 +359,7 @@ def train(
     for number in problems.STOPS:  # the first lets the last step be saved
         signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
-    on_gpu, out = torch.cuda.is_available(), Path(args.out)
-    nodes = world // int(os.environ["LOCAL_WORLD_SIZE"])  # read here: the engine overwrites it
+    out, nodes = Path(args.out), world // int(os.environ["LOCAL_WORLD_SIZE"])  # the engine's later
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     identity = problems.identify(args, *FREE_ON_RESUME)
     identity["eval_sha256"] = problems.content_sha256({"rows": questions})
@@ -379,47 +370,42 @@ def train(
     # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt
     # is asked once, and a resumed run must start as cold as an uninterrupted one.
     options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
-    context = args.max_prompt_tokens + args.max_tokens
-    llm = problems.start_engine(args, context, enable_sleep_mode=on_gpu, **options)
-    device, compute = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    llm = problems.start_engine(args, args.max_prompt_tokens, enable_sleep_mode=ON_GPU, **options)
     # Shard inside a node, replicate across them.
     shape, names = (nodes, world // nodes)[nodes == 1 :], ("replicate", "shard")[nodes == 1 :]
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    mesh = dist.init_device_mesh(DEVICE, shape, mesh_dim_names=names)
     reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)
-    ref = load_policy(reference, mesh, compute, args.offload_ref).requires_grad_(False)
+    ref = load_policy(reference, mesh, COMPUTE, args.offload_ref).requires_grad_(False)
     if args.gradient_checkpointing:
         policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
+    # Betas 0.9 and 0.999 and a weight decay of 0.01, as published, are its defaults.
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
     if done:
         # a pickle, of which whole_step has seen that it is ours, and of tensors alone
         state = torch.load(start / "trainer.pt", weights_only=True) if rank == 0 else {}
-        state_dict.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
+        dcp.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
         sync(llm, policy)  # the engine holds the reference
-    longest = args.max_prompt_tokens  # only questions may be longer
-    problems.write_prompts(questions + prompts, llm.get_tokenizer(), args.chat_template, longest)
+    # Of what is longer, which a question of --eval-dataset may be, the end is asked.
+    problems.write_prompts(questions + prompts, llm, args, args.max_prompt_tokens)
 
     def lap() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
+        torch.get_device_module(DEVICE).synchronize()
         clock.append(time.perf_counter())
 
     saved, stops = done, []
     for step in range(done + 1, args.num_steps + 1):
         clock = [time.perf_counter()]
         # 1. x ~ D
-        chosen = step_prompts(len(prompts), args.batch_size, step, args.seed)
-        asked = [(prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
-        asked = [(p, problems.response_seed(args.seed, step, p["id"], n)) for p, n in asked]
+        jobs = step_jobs(prompts, args, step)
         # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
-        stops, responses = rollout(llm, asked, args, args.temperature, told, lap)
+        stops, responses = rollout(llm, jobs, args, told, lap)
         if stops:  # the unfinished step is abandoned
             if step - 1 > saved:
                 save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
             break
-        if on_gpu:  # the engine's KV cache makes room for the trainer
+        if ON_GPU:  # the engine's KV cache makes room for the trainer
             llm.sleep(level=0)
             llm.release_kv_cache_memory()
         lap()
@@ -432,7 +418,7 @@ def train(
         # 6. pi_t+1 into the engine
         torch.cuda.empty_cache()  # nothing without a GPU
         sync(llm, policy)
-        if on_gpu:
+        if ON_GPU:
             llm.wake_up(tags=["kv_cache"])
         lap()
 
@@ -444,7 +430,7 @@ def train(
         row = [step, loss, reward, v_star, reward - v_star, logratio, kl, length, cut, norm]
         row += [args.lr, gap, *seconds, total, length * len(responses) / total, memory / 2**30]
         if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            _, graded = rollout(llm, [(q, 0) for q in questions], args, temperature=0.0)
+            _, graded = rollout(llm, [(q, {"temperature": 0.0}) for q in questions], args)
             row.append(sum(r["reward"] for r in graded) / len(questions))
         if rank == 0:
             line = dict(zip(COLUMNS.split(), row, strict=False))
@@ -457,7 +443,7 @@ def train(
     else:
         save(out / "final", max(done, args.num_steps), policy, None, args)
     if rank == 0:
-        print("grading:", problems.grading_counts())
+        print("grading:", problems.grading_counts)
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
     if stops:  # every rank leaves with the code of the one that was told
         sys.exit(128 + stops[0])

@@ -131,11 +131,10 @@ def gradient_noise(policy: Any, ref: Any, responses: list[dict], args: Any) -> d
     import losses
     import train_online
 
-    device = next(policy.parameters()).device
     size, total, squares = len(responses) // PARTS, 0.0, 0.0
     for start in range(0, size * PARTS, size):
         part = responses[start : start + size]
-        for batch in train_online.micro_batches(part, args, device):
+        for batch in train_online.micro_batches(part, args):
             with torch.no_grad():
                 ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
             logp = losses.sequence_logprob(policy(**batch.inputs), batch.lengths)
@@ -146,7 +145,6 @@ def gradient_noise(policy: Any, ref: Any, responses: list[dict], args: Any) -> d
         policy.zero_grad()
         gradient = torch.cat(grads)
         total, squares = total + gradient, squares + gradient.square().sum().item()
-    ref.reshard()
     mean_square = (total / PARTS).square().sum().item()
     noise = (squares - PARTS * mean_square) / (PARTS - 1) / PARTS
     return {"noise": noise, "signal": mean_square - noise}

@@ -165,7 +165,7 @@ def gae(
 # What their steps have in common
 
 
-def token_updates(responses: list[dict], args: argparse.Namespace, device: Any) -> list[list]:
+def token_updates(responses: list[dict], args: argparse.Namespace) -> list[list]:
     """Cut a rollout into updates of micro-batches whose `share` is of the update's tokens.
 
     So that share times a micro-batch's token mean adds up to the update's, whatever the split.
@@ -173,7 +173,7 @@ def token_updates(responses: list[dict], args: argparse.Namespace, device: Any) 
     size, updates = len(responses) // args.updates_per_batch, []
     for start in range(0, len(responses), size):
         update = responses[start : start + size]
-        batches = train_online.micro_batches(update, args, device)
+        batches = train_online.micro_batches(update, args)
         total = sum(len(response["ids"]) for response in update)
         for batch in batches:
             batch.share = int(batch.lengths.sum()) / total if batch.share else 0.0
@@ -181,7 +181,7 @@ def token_updates(responses: list[dict], args: argparse.Namespace, device: Any) 
     return updates
 
 
-def pair_updates(responses: list[dict], args: argparse.Namespace, device: Any) -> list[list]:
+def pair_updates(responses: list[dict], args: argparse.Namespace) -> list[list]:
     """Cut a rollout into updates of micro-batches of whole pairs; `share` is of the pairs.
 
     train_online.micro_batches deals single responses; here two that follow each other are dealt as
@@ -197,7 +197,8 @@ def pair_updates(responses: list[dict], args: argparse.Namespace, device: Any) -
         for hand in losses.deal(both, world, args.micro_batch_tokens)[rank]:
             chosen = [update[2 * i + k] for i in hand for k in (0, 1)] or update[:2]
             ids = [r["prompt"]["prompt_ids"] for r in chosen], [r["ids"] for r in chosen]
-            inputs, counts = losses.pack(*ids, device)
+            inputs, counts = losses.pack(*ids)
+            device = train_online.DEVICE
             rewards = torch.tensor([r["reward"] for r in chosen], device=device)
             gaps = torch.tensor([x for r in chosen for x in r["sampler_logp"]], device=device)
             inputs |= {"temperature": args.temperature}
@@ -212,7 +213,6 @@ def score(model: torch.nn.Module, batches: Iterable, name: str) -> None:
     """Give every micro-batch the model's numbers for its tokens, (R,), under `name`."""
     for batch in batches:
         setattr(batch, name, model(**batch.inputs))
-    model.reshard()
 
 
 def descend(
@@ -257,7 +257,7 @@ def grpo_step(
     advantages = group_advantages(rewards).flatten().tolist()
     # From here on a response's "reward" is its advantage: micro-batches carry it along.
     responses = [r | {"reward": a} for r, a in zip(responses, advantages, strict=True)]
-    updates = token_updates(responses, args, next(policy.parameters()).device)
+    updates = token_updates(responses, args)
     score(ref, itertools.chain(*updates), "ref_logp")
     lap()
     score(policy, itertools.chain(*updates[1:]), "old_logp")
@@ -275,7 +275,7 @@ def rebel_step(
     args: argparse.Namespace, lap: Callable[[], None],
 ) -> tuple[float, float, float, float, float]:  # fmt: skip
     """REBEL on a rollout of two responses per prompt, which follow each other."""
-    updates = pair_updates(responses, args, next(policy.parameters()).device)
+    updates = pair_updates(responses, args)
     score(ref, itertools.chain(*updates), "ref_logp")
     lap()
     score(policy, itertools.chain(*updates[1:]), "old_logp")
@@ -316,13 +316,11 @@ def make_critic(policy: Any, args: argparse.Namespace) -> None:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     critic = Critic(lm.base_model)
     options = {"mesh": mesh}  # as in train_online.shard
-    compute = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
-    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
-    options |= {"reshard_after_forward": False} if compute == torch.float32 else {}
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(train_online.COMPUTE, torch.float32)}
+    options |= {"reshard_after_forward": train_online.ON_GPU}
     for module in [*critic.body.layers, critic]:
         fsdp.fully_shard(module, **options)
-    adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
-    optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, **adam)
+    optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
     CRITIC.update(model=critic.train(), optimizer=optimizer)
 
 
@@ -345,7 +343,7 @@ def ppo_step(
     """PPO on a rollout: GAE, then policy and critic, which share nothing, one after the other."""
     if not CRITIC:
         make_critic(policy, args)
-    updates = token_updates(responses, args, next(policy.parameters()).device)
+    updates = token_updates(responses, args)
     batches = list(itertools.chain(*updates))
     score(ref, batches, "ref_logp")
     lap()

@@ -76,7 +76,7 @@ def main() -> None:
             )
         seconds = time.perf_counter() - start
         print(f"{path.name}: {', '.join(rates)} ({seconds:.1f} s)\n")
-    print(grading_counts())
+    print(grading_counts)
 
 
 if __name__ == "__main__":

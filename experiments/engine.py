@@ -64,21 +64,21 @@ def watch_engine(llm: Any, watch: Stopwatch) -> None:
         setattr(owner, name, watch.inside(part, getattr(owner, name)))
 
 
-def measure(llm: Any, jobs: list, watch: Stopwatch, rounds: int, **params: Any) -> dict:
+def measure(llm: Any, jobs: list, watch: Stopwatch, args: argparse.Namespace) -> dict:
     """Sample the jobs some rounds; a round's seconds, by part and in all, tokens, engine steps."""
     steps, step = [], llm.llm_engine.step
     llm.llm_engine.step = lambda: steps.append(1) or step()
-    for number in range(rounds + 1):
+    for number in range(args.rounds + 1):
         if number == 1:
             watch.seconds.clear()
             steps.clear()
         watch.switch("rest")
-        drawn = list(problems.sample(llm, jobs, **params))
+        drawn = list(problems.sample(llm, jobs, args))
         watch.switch()
     del llm.llm_engine.step
-    told = {part: watch.seconds[part] / rounds for part in PARTS}
-    told |= {"total": sum(told.values()), "steps": len(steps) / rounds}
-    return told | {"tokens": sum(len(out.token_ids) for _, out, _ in drawn)}
+    told = {part: watch.seconds[part] / args.rounds for part in PARTS}
+    told |= {"total": sum(told.values()), "steps": len(steps) / args.rounds}
+    return told | {"tokens": sum(len(response["ids"]) for _, response in drawn)}
 
 
 def table(name: str, told: dict[str, float]) -> list[str]:
@@ -100,24 +100,25 @@ def main() -> None:
     problems.check_context(args)
     problems.launch()
     options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
-    llm = problems.start_engine(args, args.max_prompt_tokens + args.max_tokens, **options)
-    problems.write_prompts(rows, llm.get_tokenizer(), False)
+    llm = problems.start_engine(args, args.max_prompt_tokens, **options)
+    args.chat_template = False
+    problems.write_prompts(rows, llm, args)
     rows = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     watch_engine(llm, watch := Stopwatch())
     command = f"python -m experiments.engine {shlex.join(sys.argv[1:])}"
     lines = [command, describe()]
     results = dict(zip(("command", "device"), lines, strict=True))
-    params = {"temperature": 1.0, "max_tokens": args.max_tokens}
     first, batch, n = rows[: args.prompts], rows[: args.batch_size], args.num_value_samples
     loads = {
         f"stage 1, {n * len(first)} responses": ([(row, i) for row in first for i in range(n)], {}),
         f"a step, {len(batch)} responses, log-probs of each token":
-            ([(row, 0) for row in batch], {"logprobs": 0, "flat_logprobs": True}),
+            ([(row, 0) for row in batch], {"logprobs": 0}),
     }  # fmt: skip
     for name, (asked, own) in loads.items():
-        jobs = [(row, {"seed": problems.response_seed(args.seed, 0, row["id"], i)})
+        own["temperature"] = 1.0
+        jobs = [(row, own | {"seed": problems.response_seed(args.seed, 0, row["id"], i)})
                 for row, i in asked]  # fmt: skip
-        results[name] = measure(llm, jobs, watch, args.rounds, **params, **own)
+        results[name] = measure(llm, jobs, watch, args)
         lines += table(name, results[name])
     print(*lines, sep="\n")
     problems.write_whole(args.out.with_suffix(".json"), json.dumps(results, indent=1) + "\n")

@@ -106,7 +106,7 @@ def main() -> None:
         rewards = grade(responses, [str(n) for n in range(1000)])
         seconds = time.perf_counter() - start
         print(f"1,000 pairs, 20 pathological, {batch}: {seconds:.1f} s, {sum(rewards):.0f} right")
-    print(grading_counts())
+    print(grading_counts)
 
 
 if __name__ == "__main__":

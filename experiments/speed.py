@@ -275,12 +275,12 @@ class Bench:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.on_gpu, nodes = torch.cuda.is_available(), self.world // local_world()
         options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
-        context = args.max_prompt_tokens + args.max_tokens
-        self.llm = problems.start_engine(args, context, enable_sleep_mode=self.on_gpu, **options)
+        options["enable_sleep_mode"] = self.on_gpu
+        self.llm = problems.start_engine(args, args.max_prompt_tokens, **options)
         self.device, compute = ("cuda", torch.bfloat16) if self.on_gpu else ("cpu", torch.float32)
         self.rate = matmul_rate(self.device, compute)
         if not args.shape:
-            problems.write_prompts(prompts, self.llm.get_tokenizer(), args.chat_template)
+            problems.write_prompts(prompts, self.llm, args)
         self.lengths = long_tail(4096, 0.3 * args.max_tokens, args.max_tokens, args.seed)
 
         AttentionInterface.register("packed", losses.packed_attention)
@@ -300,8 +300,7 @@ class Bench:
         if args.gradient_checkpointing:
             for lm in (self.policy.lm, self.bare):
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-        adam = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, **adam)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, fused=True)
 
     def limits(self, seed: int) -> dict[str, Any]:
         """How long a response may be, or with --shape must be."""
@@ -321,14 +320,14 @@ class Bench:
 
     # The floors
 
-    def bare_generate(self, asked: list[tuple[dict, int]]) -> None:
+    def bare_generate(self, jobs: list[tuple[dict, dict]]) -> None:
         """This rank's share of the prompts through the engine as it comes."""
         from vllm import SamplingParams
 
         tp = self.args.tensor_parallel_size
-        mine = asked[self.rank // tp :: self.world // tp]
-        params = [SamplingParams(temperature=self.args.temperature, seed=seed, **self.limits(seed))
-                  for _, seed in mine]  # fmt: skip
+        mine = jobs[self.rank // tp :: self.world // tp]
+        alike, seeds = {"temperature": self.args.temperature}, [how["seed"] for _, how in mine]
+        params = [SamplingParams(**alike, seed=seed, **self.limits(seed)) for seed in seeds]
         tokens = [{"prompt_token_ids": prompt["prompt_ids"]} for prompt, _ in mine]
         self.llm.generate(tokens, params, use_tqdm=False)
 
@@ -336,7 +335,7 @@ class Bench:
         """Forward, then forward and backward, then the optimiser, of the plain model."""
         args, size = self.args, len(responses) // self.args.updates_per_batch
         updates = [responses[i : i + size] for i in range(0, len(responses), size)]
-        updates = [train_online.micro_batches(update, args, self.device) for update in updates]
+        updates = [train_online.micro_batches(update, args) for update in updates]
         floor.switch("ref log-prob")
         with torch.no_grad():
             for batch in (batch for update in updates for batch in update):
@@ -376,13 +375,12 @@ class Bench:
 
     # The real thing
 
-    def rollout(self, real: Stopwatch, asked: list[tuple[dict, int]]) -> list[dict]:
+    def rollout(self, real: Stopwatch, jobs: list[tuple[dict, dict]]) -> list[dict]:
         """Steps 2 and 3 of the algorithm."""
         real.switch("generate")
         with self.forced():
             lap = lambda: real.switch("grade")  # noqa: E731
-            how = (self.args, self.args.temperature, (), lap)
-            _, done = train_online.rollout(self.llm, asked, *how)
+            _, done = train_online.rollout(self.llm, jobs, self.args, (), lap)
         real.switch()
         return done
 
@@ -412,15 +410,13 @@ class Bench:
         """One real step and its floors, in turns; both clocks and the responses."""
         args, real, floor = self.args, Stopwatch(), Stopwatch()
         real.switch("rest")
-        chosen = train_online.step_prompts(len(self.prompts), args.batch_size, number, args.seed)
-        asked = [(self.prompts[i], n) for i in chosen for n in range(args.samples_per_prompt)]
-        asked = [(p, problems.response_seed(args.seed, number, p["id"], n)) for p, n in asked]
+        jobs = train_online.step_jobs(self.prompts, args, number)
         real.switch()
         responses = []
         in_turns(
             number,
-            lambda: floor.inside("generate", self.bare_generate)(asked),
-            lambda: responses.extend(self.rollout(real, asked)),
+            lambda: floor.inside("generate", self.bare_generate)(jobs),
+            lambda: responses.extend(self.rollout(real, jobs)),
         )
         if self.on_gpu:
             real.switch("rest")
@@ -439,8 +435,8 @@ class Bench:
         """Seconds of sample_all and of the bare engine on the same prompts and seeds."""
         args, real, floor = self.args, Stopwatch(), Stopwatch()
         n, out, identity = args.num_value_samples, folder / f"{number}.json", {"round": number}
-        asked = [(row, problems.response_seed(args.seed, 0, row["id"], i))
-                 for row in rows for i in range(n)]  # fmt: skip
+        jobs = [(row, {"seed": problems.response_seed(args.seed, 0, row["id"], i)})
+                for row in rows for i in range(n)]  # fmt: skip
 
         def sample_all() -> None:
             temperature = {"temperature": args.temperature}
@@ -449,7 +445,7 @@ class Bench:
 
         in_turns(
             number,
-            lambda: floor.inside("generate", self.bare_generate)(asked),
+            lambda: floor.inside("generate", self.bare_generate)(jobs),
             real.inside("generate", sample_all),
         )
         return real.slowest()[0]["total"], floor.slowest()[0]["total"]
@@ -580,24 +576,22 @@ def measure_stage1(bench: Bench, tell: Callable[[str], None]) -> dict:
 
 
 def padding(lengths: list[int], prompt: int, num_ranks: int, budget: int) -> dict[str, float]:
-    """Rows that go through the model, those of CPU attention, and the busiest rank, over fair.
+    """Rows that go through the model, and the busiest rank, over fair.
 
     As train_online.micro_batches packs them, micro-batches of share 0 included.
     """
     args = argparse.Namespace(micro_batch_tokens=budget, temperature=1.0)
     kept = {"prompt_ids": [0] * prompt, "v_star": 0.0}
     update = [{"prompt": kept, "ids": [0] * n, "reward": 0.0, "sampler_logp": []} for n in lengths]
-    through, attention, real = [], 0, sum(prompt + n - 1 for n in lengths)
+    through, real = [], sum(prompt + n - 1 for n in lengths)
     for rank in range(num_ranks):
         with (
             mock.patch.object(dist, "get_world_size", return_value=num_ranks),
             mock.patch.object(dist, "get_rank", return_value=rank),
         ):
-            batches = train_online.micro_batches(update, args, "cpu")
+            batches = train_online.micro_batches(update, args)
         through.append(sum(batch.inputs["input_ids"].shape[1] for batch in batches))
-        attention += sum(len(b.lengths) * b.inputs["max_length_q"] for b in batches)
-    return {"padding": sum(through) / real, "cpu_attention": attention / real,
-            "busiest_rank": num_ranks * max(through) / real}  # fmt: skip
+    return {"padding": sum(through) / real, "busiest_rank": num_ranks * max(through) / real}
 
 
 def measure_padding(args: argparse.Namespace, tell: Callable[[str], None]) -> dict:
@@ -610,9 +604,8 @@ def measure_padding(args: argparse.Namespace, tell: Callable[[str], None]) -> di
         f"micro-batches of {args.micro_batch_tokens}; computed over real tokens"
     )
     for ranks, row in told.items():
-        tell(f"{ranks} rank{'s' * (ranks > 1)}: {row['padding']:.4f} through the model; rows of "
-             f"attention on a CPU {row['cpu_attention']:.3f}; busiest rank over the mean "
-             f"{row['busiest_rank']:.4f}")  # fmt: skip
+        tell(f"{ranks} rank{'s' * (ranks > 1)}: {row['padding']:.4f} through the model; "
+             f"busiest rank over the mean {row['busiest_rank']:.4f}")  # fmt: skip
     return {"padding_ratio": max(row["padding"] for row in told.values()), "padding": told}
 
 

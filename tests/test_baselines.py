@@ -275,7 +275,7 @@ def test_rebels_pairs_stay_together(group):
     args = argparse.Namespace(updates_per_batch=2, micro_batch_tokens=25, temperature=1.0)
     seen, where = [], {tuple(r["ids"]): i for i, r in enumerate(responses)}
     assert len(where) == len(responses)
-    for update in baselines.pair_updates(responses, args, "cpu"):
+    for update in baselines.pair_updates(responses, args):
         assert sum(batch.share for batch in update) == pytest.approx(1)
         for batch in update:
             parts = batch.inputs["targets"].split(batch.lengths.tolist())
@@ -321,7 +321,7 @@ def test_rebels_reward_holds_the_kl_term(group, folder, monkeypatch):
         for p in ref.parameters():
             p.to_local().mul_(1.1)
     args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=10_000, temperature=1.0)
-    [[batch]] = baselines.pair_updates(rollout(2), args, "cpu")
+    [[batch]] = baselines.pair_updates(rollout(2), args)
     with torch.no_grad():
         token_kl = policy(**batch.inputs) - ref(**batch.inputs)
     kl = losses.sequence_logprob(token_kl, batch.lengths)
@@ -337,7 +337,7 @@ def test_the_critic_learns_from_the_rewards(group, folder):
     step(folder, "ppo", 10_000, lr=0.0)
     critic = baselines.CRITIC["model"]
     args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=10_000, temperature=1.0)
-    [[batch]] = baselines.token_updates(rollout(1), args, "cpu")
+    [[batch]] = baselines.token_updates(rollout(1), args)
     goal = batch.rewards.repeat_interleave(batch.lengths)
     optimizer, errors = torch.optim.AdamW(critic.parameters(), 1e-2), []
     batch.ref_logp = batch.sampler_logp
@@ -446,7 +446,7 @@ def test_gradient_noise_of_parts_that_are_known(group, folder):
     assert mixed["noise"] == pytest.approx(difference / 4 / 15, rel=1e-4)
     assert all(p.grad is None for p in policy.parameters())
     # In units in which it is the policy gradient of r - V*, as pi is pi_ref here.
-    [batch] = train_online.micro_batches(a, args, "cpu")
+    [batch] = train_online.micro_batches(a, args)
     logp = train_online.losses.sequence_logprob(policy(**batch.inputs), batch.lengths)
     ((batch.rewards - batch.v_star) * logp).mean().backward()
     grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]

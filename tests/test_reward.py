@@ -186,9 +186,9 @@ def test_ungradable_answers_raise_and_are_counted(answer: object) -> None:
         check_answer(answer)
     with pytest.raises(ValueError):
         reward(r"\boxed{5}", answer)
-    before = grading_counts()["ungradable"]
+    before = grading_counts["ungradable"]
     assert grade([r"\boxed{5}"], [answer]) == [0.0]
-    assert grading_counts()["ungradable"] == before + 1
+    assert grading_counts["ungradable"] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_checking_answers_needs_no_math_verify_and_little_time() -> None:
 @pytest.mark.parametrize("text", PATHOLOGICAL, ids=lambda text: text[:20])
 def test_pathological_boxes_are_recognised(text: str) -> None:
     """Each costs plain math-verify 5 to 30 s or all memory; here they do not even cost a worker."""
-    before = grading_counts()["failures"]
+    before = grading_counts["failures"]
     assert grade([boxed(text)] * 2, ["5", "x^2+1"]) == [0, 0]
-    assert grading_counts()["failures"] == before
+    assert grading_counts["failures"] == before
 
 
 @pytest.mark.parametrize("text", [r"9^{9^{9^9}}", "10000000!", "10!!!!", r"2^{10^{7}}"])
@@ -315,12 +315,12 @@ def test_unequal_lengths_are_refused() -> None:
 
 
 def test_a_timeout_is_counted_and_costs_only_itself() -> None:
-    before, start = grading_counts()["timeouts"], time.time()
+    before, start = grading_counts["timeouts"], time.time()
     hard = submit(boxed(SLOW), "5")
     assert grade([boxed("y+x")], ["x+y"]) == [1]
     assert hard.result(30) == 0
     assert time.time() - start < 20
-    assert grading_counts()["timeouts"] == before + 1
+    assert grading_counts["timeouts"] == before + 1
 
 
 def workers() -> list[int]:

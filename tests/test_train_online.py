@@ -25,7 +25,7 @@ from conftest import (
 )
 
 from losses import optimal_value
-from train_online import step_prompts
+from train_online import step_jobs
 
 SECONDS = "seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total"
 COLUMNS = f"""step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
@@ -174,7 +174,7 @@ def test_metrics_hold_what_the_contract_promises(straight, cool_values):
     for row in rows:
         assert set(COLUMNS.split()) <= row.keys()
         assert ("eval_accuracy" in row) == (row["step"] in (3, 6, 8))
-        chosen = step_prompts(len(prompts), 6, row["step"], seed=0)
+        chosen = asked(len(prompts), 6, row["step"], seed=0)
         assert row["v_star"] == pytest.approx(v_star[chosen].mean().item())
         assert row["adv"] == pytest.approx(row["reward"] - row["v_star"])
         assert row["reward"] * 12 == pytest.approx(round(row["reward"] * 12))  # of 6 x 2 responses
@@ -205,14 +205,33 @@ def test_checkpoints_load_as_any_model_does(straight, model, dataset):
     assert (config["lr"], config["temperature"], config["beta1"]) == (1e-4, 0.5, 1.0)
 
 
+def jobs_of(num_prompts: int, batch_size: int, step: int, seed: int, **others: float) -> list:
+    args = {"samples_per_prompt": 1, "updates_per_batch": 1, "temperature": 0.5} | others
+    prompts = [{"id": i} for i in range(num_prompts)]
+    return step_jobs(prompts, SimpleNamespace(batch_size=batch_size, seed=seed, **args), step)
+
+
+def asked(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
+    return [prompt["id"] for prompt, _ in jobs_of(num_prompts, batch_size, step, seed)]
+
+
 def test_each_epoch_asks_every_prompt_once_and_in_another_order():
-    epochs = [[step_prompts(12, 4, 3 * epoch + i, 7) for i in (1, 2, 3)] for epoch in range(3)]
+    epochs = [[asked(12, 4, 3 * epoch + i, 7) for i in (1, 2, 3)] for epoch in range(3)]
     flat = [list(chain(*epoch)) for epoch in epochs]
     assert all(sorted(epoch) == list(range(12)) for epoch in flat)
     assert flat[0] != flat[1] != flat[2] != list(range(12))
-    assert step_prompts(12, 4, 5, 7) == step_prompts(12, 4, 5, 7) != step_prompts(12, 4, 5, 8)
-    with_remainder = [step_prompts(13, 4, step, 0) for step in (1, 2, 3)]
-    assert len(set(chain(*with_remainder))) == 12 and len(step_prompts(13, 4, 4, 0)) == 4
+    assert asked(12, 4, 5, 7) == asked(12, 4, 5, 7) != asked(12, 4, 5, 8)
+    with_remainder = [asked(13, 4, step, 0) for step in (1, 2, 3)]
+    assert len(set(chain(*with_remainder))) == 12 and len(asked(13, 4, 4, 0)) == 4
+
+
+def test_each_response_of_a_step_has_its_own_seed_and_the_first_updates_their_log_probs():
+    jobs = jobs_of(12, 4, 5, 7, samples_per_prompt=3, updates_per_batch=2)
+    assert [prompt["id"] for prompt, _ in jobs] == [i for i in asked(12, 4, 5, 7) for _ in range(3)]
+    assert [how["logprobs"] for _, how in jobs] == [0] * 6 + [None] * 6
+    assert {how["temperature"] for _, how in jobs} == {0.5}
+    steps = [jobs, jobs_of(12, 4, 8, 7, samples_per_prompt=3)]
+    assert len({how["seed"] for step in steps for _, how in step}) == 24
 
 
 # ---------------------------------------------------------------------------------------------
