@@ -19,7 +19,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -40,9 +39,8 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     return v_star.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
-) -> Tensor:
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+                  chunk: int = 512) -> Tensor:  # fmt: skip
     """ln softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,).
 
     `chunk` rows at a time, whose logits are computed again in backward, so that (R, V) never stands
@@ -55,7 +53,7 @@ def token_logprob(
 
     def head(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = _Float32Product.apply(hidden, weight) / temperature
-        return -cross_entropy(logits, targets, reduction="none")
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(head, *part, use_reentrant=False) for part in parts])
@@ -127,10 +125,9 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict, Te
     return inputs, torch.tensor([len(y) for y in responses])
 
 
-def packed_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, *,
-    cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None, **kwargs: object,
-) -> tuple[Tensor, None]:  # fmt: skip
+def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
+                     *, cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None,
+                     **kwargs: object) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each packed sequence, as transformers calls it.
 
     (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
@@ -146,13 +143,12 @@ def packed_attention(
     # No such kernel on the CPU: one sequence after the other, faster there than padding them.
     sequences = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in qkv), strict=True)
     options = {"is_causal": True, "enable_gqa": True, "scale": scaling}
-    out = [scaled_dot_product_attention(*sequence, **options) for sequence in sequences]
+    out = [torch.nn.functional.scaled_dot_product_attention(*qkv, **options) for qkv in sequences]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def a_star_po_loss(
-    logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float
-) -> Tensor:
+def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor,
+                   beta2: float) -> Tensor:  # fmt: skip
     """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> ().
 
     Sums over tokens, not means; no importance ratio, clipping or normalisation. At the published

@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -52,14 +51,13 @@ DATASETS = {
     ("gsm8k", "test"): ("openai/gsm8k", "main", "test", "question", "answer"),
     ("math500", "test"): ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
     ("minerva", "test"): ("math-ai/minervamath", None, "test", "question", "answer"),
-    ("olympiadbench", "test"): ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
-                                "question", "final_answer"),
     ("amc23", "test"): ("math-ai/amc23", None, "test", "question", "answer"),
     ("aime24", "test"): ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
     ("aime25", "test"): ("math-ai/aime25", None, "test", "problem", "answer"),
     ("hmmt_feb_2024", "test"): ("MathArena/hmmt_feb_2024", None, "train", "problem", "answer"),
     ("hmmt_feb_2025", "test"): ("MathArena/hmmt_feb_2025", None, "train", "problem", "answer"),
-}  # fmt: skip
+    ("olympiadbench", "test"): ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
+                                "question", "final_answer")}  # fmt: skip
 
 
 def load_problems(name: str, serves: str | None = None) -> list[dict]:
@@ -267,8 +265,8 @@ _RULES = [  # in this order, each with the case that demands it
      r"(\\text\{[(/]?[a-zA-Z][^{},+!]*\}(\^\{?-?\d\}?)?[/CF]*(\\cdot)?)+(?=$|[,)=])", _unit),
     (r"^([a-z])=[^,=]+(,(?!\1)[a-z]=[^,=]+)+$",
      lambda m: f"({','.join(part[2:] for part in sorted(m[0].split(',')))})"),  # x = 1, y = 2
-    (r"(^|(?<=[(,\[]))([=+]+|[({]([^(){},]*)[)}](?=$|[,)]))", r"\3"),  # [0, +\infty), (C)
-]  # fmt: skip
+    # [0, +\infty), (C)
+    (r"(^|(?<=[(,\[]))([=+]+|[({]([^(){},]*)[)}](?=$|[,)]))", r"\3")]  # fmt: skip
 _COMMA = re.compile(r",(?!(?:[^]()\[]|[(\[][^]()\[]*[])])*+[])])")  # outside of all brackets
 _NAME = re.compile(r"(?:((?=[^=]*[a-zA-Z])(?:_\{?\w+\}?|(?<=\w)\([-\d,]+\)|[^\d_=])*+)=)?(.*)")
 # Nothing for math-verify, which reads words as products of letters, 1:58 as 1/58 and 3 5 as 8. And
@@ -488,10 +486,8 @@ def start_engine(args: Any, longest_prompt: int, **options: Any) -> Any:
         return LLM(str(model_folder(args.model)), **options)
 
 
-def sample(
-    llm: Any, jobs: list[tuple[dict, dict]], args: Any,
-    stop: Any = (), lap: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, dict]]:  # fmt: skip
+def sample(llm: Any, jobs: list[tuple[dict, dict]], args: Any, stop: Any = (),
+           lap: Callable[[], None] = lambda: None) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """Answer this engine's share of jobs (row, sampling parameters); yields (place, response).
 
     A row has "prompt_ids" and "answer". A response is {"ids" (EOS included), "output" (as text),
@@ -505,7 +501,7 @@ def sample(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), deque()
+    engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), []
     alike = {"max_tokens": args.max_tokens, "output_kind": RequestOutputKind.FINAL_ONLY}
     # A text at once, below, is cheaper than token by token.
     alike |= {"skip_clone": True, "detokenize": False, "flat_logprobs": True}
@@ -522,15 +518,14 @@ def sample(
             text = drawn["output"] if drawn["finished"] else ""
             waiting.append((i, drawn, submit(text, jobs[i][0]["answer"])))
         while waiting and waiting[0][2].done():
-            i, drawn, grade = waiting.popleft()
+            i, drawn, grade = waiting.pop(0)
             yield i, drawn | {"reward": grade.result()}
     lap()
     yield from ((i, drawn | {"reward": grade.result()}) for i, drawn, grade in waiting)
 
 
-def sample_all(
-    llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any, **params: Any
-) -> list[dict]:
+def sample_all(llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any,
+               **params: Any) -> list[dict]:  # fmt: skip
     """Draw n graded samples of each row, the engines sharing the work; a list of records.
 
     Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 import losses
 import problems
+from problems import UserError
 
 FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens", "chat_template")
 # What --resume may change: how long and on what a run runs, not what it computes.
@@ -83,9 +84,7 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """
     problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
-        raise problems.UserError(
-            f"--batch-size {args.batch_size} is not divisible by --updates-per-batch"
-        )
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
     values = problems.read_json(args.values, "header", "prompts", "sha256")
     with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
         header, prompts = values["header"], values["prompts"]
@@ -104,15 +103,11 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
     if len(prompts) < args.batch_size:
         left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
-        raise problems.UserError(
-            f"{args.values} has {left}, fewer than --batch-size {args.batch_size}"
-        )
+        raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
     if args.eval_dataset:
         problems.load_problems(args.eval_dataset, "test")
     if not args.resume and any(Path(args.out).glob("*")):
-        raise problems.UserError(
-            f"{args.out} is in use: --resume continues it; or give another --out"
-        )
+        raise UserError(f"{args.out} is in use: --resume continues it; or give another --out")
     return header, prompts
 
 
@@ -137,19 +132,16 @@ def step_jobs(prompts: list[dict], args: argparse.Namespace, step: int) -> list[
             for i, (prompt, n) in enumerate(asked)]  # fmt: skip
 
 
-def rollout(
-    llm: Any, jobs: list[tuple[dict, dict]], args: argparse.Namespace,
-    stop: Any = (), lap: Callable[[], None] = lambda: None,
-) -> tuple[list[int], list[dict]]:  # fmt: skip
+def rollout(llm: Any, jobs: list[tuple[dict, dict]], args: argparse.Namespace, stop: Any = (),
+            lap: Callable[[], None] = lambda: None) -> tuple[list[int], list[dict]]:  # fmt: skip
     """Answer and grade jobs, the engines sharing the work; collective.
 
     Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
     the responses of `problems.sample`, in order and each with its "prompt".
     """
-    drawn = {i: response | {"prompt": jobs[i][0]}
-             for i, response in problems.sample(llm, jobs, args, stop, lap)}  # fmt: skip
+    drawn = {i: r | {"prompt": jobs[i][0]} for i, r in problems.sample(llm, jobs, args, stop, lap)}
     dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), drawn))
-    drawn = {i: response for _, drawn in everyone for i, response in drawn.items()}
+    drawn = {i: r for _, part in everyone for i, r in part.items()}
     return [n for stops, _ in everyone for n in stops], [drawn[i] for i in sorted(drawn)]
 
 
@@ -181,9 +173,7 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
     odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
     sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
     if odd or sliding or lm.get_output_embeddings().bias is not None:
-        raise problems.UserError(
-            f"{lm.config.model_type} has an attention or a head not supported here"
-        )
+        raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
     return shard(lm, mesh, COMPUTE, offload)
 
 
@@ -254,11 +244,10 @@ def step_folders(folder: Path) -> list[Path]:
 
 def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
-    with contextlib.suppress(problems.UserError):
+    with contextlib.suppress(UserError):
         manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
-        if folder.name in ("final", f"step-{manifest['step']}"):
-            there = problems.folder_hashes(folder).items()
-            return manifest["step"] if manifest["files"].items() <= there else 0
+        if manifest["files"].items() <= problems.folder_hashes(folder).items():
+            return manifest["step"]
     return 0
 
 
@@ -278,11 +267,10 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
             print(f"{folder} is damaged, now damaged-*; trying the one before", file=sys.stderr)
             folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
     problems.write_json(out / "config.json", vars(args) | identity)
-    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    kept = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:step]
     with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
-        kept = [line for line in lines if line[-1:] == b"\n" and json.loads(line)["step"] <= step]
-        if len(kept) != step:
-            raise ValueError(f"of {step} steps that are saved it has {len(kept)}")
+        if [json.loads(line)["step"] for line in kept] != list(range(1, step + 1)):
+            raise ValueError(f"it does not tell each of the {step} steps that are saved")
     metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
     return metrics, step
 
@@ -308,10 +296,8 @@ def micro_batches(update: list[dict], args: argparse.Namespace) -> list[argparse
     return batches
 
 
-def least_squares(
-    policy: Policy, ref: Policy, optimizer: Any, responses: list[dict],
-    args: argparse.Namespace, lap: Callable[[], None],
-) -> tuple[float, float, float, float, float]:  # fmt: skip
+def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[dict],
+                  args: argparse.Namespace, lap: Callable[[], None]) -> tuple:  # fmt: skip
     """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
 
     Returns loss, logratio, kl_per_token, grad_norm and logprob_gap; all but the loss and the norm
@@ -319,8 +305,8 @@ def least_squares(
     """
     # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
     size = len(responses) // args.updates_per_batch
-    updates = [responses[i : i + size] for i in range(0, len(responses), size)]
-    updates = [micro_batches(update, args) for update in updates]
+    starts = range(0, len(responses), size)
+    updates = [micro_batches(responses[start : start + size], args) for start in starts]
     with torch.no_grad():
         for batch in itertools.chain(*updates):
             batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
@@ -348,9 +334,8 @@ def least_squares(
     return loss, logratio / size, logratio / tokens, norm.item() / len(updates), gap / tokens
 
 
-def train(
-    args: argparse.Namespace, header: dict, prompts: list[dict], learn: Callable = least_squares
-) -> None:
+def train(args: argparse.Namespace, header: dict, prompts: list[dict],
+          learn: Callable = least_squares) -> None:  # fmt: skip
     """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/).
 
     `learn` takes and returns what `least_squares` does, and calls `lap` once, before its updates.
