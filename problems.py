@@ -439,7 +439,6 @@ def launch(tensor_parallel_size: int = 1) -> None:
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
     import torch
-    from torch import distributed as dist
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
 
@@ -463,8 +462,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     # A day, not half an hour, for ranks end their sampling at different times.
-    dist.init_process_group(backend, timeout=48 * dist.default_pg_timeout)
-    if dist.get_world_size() % tensor_parallel_size:
+    torch.distributed.init_process_group(backend, timeout=48 * torch.distributed.default_pg_timeout)
+    if torch.distributed.get_world_size() % tensor_parallel_size:
         raise UserError(f"--tensor-parallel-size {tensor_parallel_size} does not part the GPUs")
 
 

@@ -7,17 +7,16 @@ critic, group, importance ratio, clipping or normalisation (README, details).
     torchrun --nnodes 2 --nproc-per-node 8 [...] train_online.py [...]   # several nodes
 """
 
-import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -26,7 +25,6 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp
 
 import losses
@@ -44,10 +42,9 @@ ON_GPU = torch.cuda.is_available()
 DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Read the command line; the published MATH run needs no flag."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--values", default="values/math.json", help="stage 1's file")
     add("--out", default="runs/math", help="folder of the run")
@@ -77,10 +74,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Check arguments and files before anything starts; header and prompts of the values file.
+def check(args: Namespace) -> tuple[dict, list[dict], list[dict]]:
+    """Check arguments and files before anything starts, and fill in what defaults to the header's.
 
-    Fills in the arguments that default to the header's. UserError for the first mistake.
+    Returns header and prompts of the values file and the rows of --eval-dataset. UserError for the
+    first mistake.
     """
     problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
@@ -91,10 +89,10 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         given = {k: v for k, v in vars(args).items() if k in FROM_HEADER and v is not None}
         vars(args).update({k: header[k] for k in FROM_HEADER}, values_sha256=values["sha256"])
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
-        v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"]).tolist()
-        prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star, strict=True)]
+        v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"])
+        prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star.tolist(), strict=True)]
         texts = {p["id"]: "".join((p["prompt"], p["answer"])) for p in prompts}
-        if len(texts) < len(prompts) or not all(map(math.isfinite, v_star)):
+        if len(texts) < len(prompts) or not v_star.isfinite().all():
             raise ValueError("an id is there twice, or a reward is no number")
     given["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, given)
@@ -104,18 +102,18 @@ def check(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if len(prompts) < args.batch_size:
         left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
         raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
-    if args.eval_dataset:
-        problems.load_problems(args.eval_dataset, "test")
+    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
+    args.eval_sha256 = problems.content_sha256({"rows": questions})
     if not args.resume and any(Path(args.out).glob("*")):
         raise UserError(f"{args.out} is in use: --resume continues it; or give another --out")
-    return header, prompts
+    return header, prompts, questions
 
 
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
 
-def step_jobs(prompts: list[dict], args: argparse.Namespace, step: int) -> list[tuple[dict, dict]]:
+def step_jobs(prompts: list[dict], args: Namespace, step: int) -> list[tuple[dict, dict]]:
     """Say what step 1, 2, ... samples, and how: (prompt, its response's own sampling parameters).
 
     Prompts come in seeded shuffled epochs, their remainders dropped. The engine tells its log-probs
@@ -132,7 +130,7 @@ def step_jobs(prompts: list[dict], args: argparse.Namespace, step: int) -> list[
             for i, (prompt, n) in enumerate(asked)]  # fmt: skip
 
 
-def rollout(llm: Any, jobs: list[tuple[dict, dict]], args: argparse.Namespace, stop: Any = (),
+def rollout(llm: Any, jobs: list[tuple[dict, dict]], args: Namespace, stop: Any = (),
             lap: Callable[[], None] = lambda: None) -> tuple[list[int], list[dict]]:  # fmt: skip
     """Answer and grade jobs, the engines sharing the work; collective.
 
@@ -179,12 +177,12 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
 
 def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = False) -> Policy:
     """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
-    policy, options = Policy(lm), {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
-    options |= {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    options = {"mesh": mesh, "mp_policy": dist.fsdp.MixedPrecisionPolicy(compute, torch.float32)}
+    options |= {"offload_policy": dist.fsdp.CPUOffloadPolicy()} if offload else {}
     # On a CPU gathering costs time, and there is room to keep what is gathered.
     options |= {"reshard_after_forward": compute != torch.float32}
-    for module in [*lm.base_model.layers, policy]:
-        fsdp.fully_shard(module, **options)
+    for module in [*lm.base_model.layers, policy := Policy(lm)]:
+        dist.fsdp.fully_shard(module, **options)
     return policy.train()
 
 
@@ -203,7 +201,7 @@ def sync(llm: Any, policy: Policy) -> None:
 WHOLE = dcp.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
 
 
-def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: argparse.Namespace) -> None:
+def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespace) -> None:
     """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
 
     float32 weights and, in trainer.pt, AdamW's state; without an optimiser the finished model
@@ -251,7 +249,7 @@ def whole_step(folder: Path) -> int:
     return 0
 
 
-def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[TextIO, int | None]:
+def open_run(args: Namespace, header: dict, identity: dict) -> tuple[TextIO, int | None]:
     """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
     out, step = Path(args.out), 0
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
@@ -279,7 +277,7 @@ def open_run(args: argparse.Namespace, header: dict, identity: dict) -> tuple[Te
 # The algorithm
 
 
-def micro_batches(update: list[dict], args: argparse.Namespace) -> list[argparse.Namespace]:
+def micro_batches(update: list[dict], args: Namespace) -> list[Namespace]:
     """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
     lengths = [len(r["prompt"]["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
@@ -292,12 +290,12 @@ def micro_batches(update: list[dict], args: argparse.Namespace) -> list[argparse
         ids = [p["prompt_ids"] for p in prompts], [r["ids"] for r in chosen]
         inputs, batch["lengths"] = losses.pack(*ids)  # FSDP moves the inputs
         batch["inputs"] = inputs | {"temperature": args.temperature}
-        batches.append(argparse.Namespace(**batch, share=len(hand) / len(update)))
+        batches.append(Namespace(**batch, share=len(hand) / len(update)))
     return batches
 
 
 def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[dict],
-                  args: argparse.Namespace, lap: Callable[[], None]) -> tuple:  # fmt: skip
+                  args: Namespace, lap: Callable[[], None]) -> tuple:  # fmt: skip
     """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
 
     Returns loss, logratio, kl_per_token, grad_norm and logprob_gap; all but the loss and the norm
@@ -334,7 +332,7 @@ def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[d
     return loss, logratio / size, logratio / tokens, norm.item() / len(updates), gap / tokens
 
 
-def train(args: argparse.Namespace, header: dict, prompts: list[dict],
+def train(args: Namespace, header: dict, prompts: list[dict], questions: list[dict],
           learn: Callable = least_squares) -> None:  # fmt: skip
     """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/).
 
@@ -345,9 +343,7 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict],
         signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
     out, nodes = Path(args.out), world // int(os.environ["LOCAL_WORLD_SIZE"])  # the engine's later
-    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     identity = problems.identify(args, *FREE_ON_RESUME)
-    identity["eval_sha256"] = problems.content_sha256({"rows": questions})
     metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) is None:
@@ -396,7 +392,7 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict],
         lap()
         # 4. ln pi_ref(y|x) and 5. least squares
         loss, logratio, kl, norm, gap = learn(policy, ref, optimizer, responses, args, lap)
-        if not math.isfinite(loss + norm):
+        if not torch.tensor(loss + norm).isfinite():
             raise ArithmeticError(f"step {step}: loss {loss}, norm {norm}; {saved} steps are saved")
         lap()
 
@@ -437,9 +433,9 @@ def train(args: argparse.Namespace, header: dict, prompts: list[dict],
 def main() -> None:
     """Check, launch, train."""
     args = parse_args()
-    header, prompts = check(args)
+    checked = check(args)
     problems.launch(args.tensor_parallel_size)
-    train(args, header, prompts)
+    train(args, *checked)
 
 
 if __name__ == "__main__":

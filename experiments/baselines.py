@@ -386,10 +386,10 @@ def train_with(learn: Callable, flags: list[str], module: str, **named: str) -> 
         raise problems.UserError(f"--samples-per-prompt {n} is not for {method}: leave it out")
     if method == "ppo" and args.resume:
         raise problems.UserError("PPO cannot --resume: its critic is in no checkpoint")
-    header, prompts = train_online.check(args)
+    checked = train_online.check(args)
     sys.argv = again
     problems.launch()
-    train_online.train(args, header, prompts, learn)
+    train_online.train(args, *checked, learn)
 
 
 def main() -> None:
