@@ -24,8 +24,7 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="runs/math/final", help="a folder or a hub id")
-    sets = "math500,minerva,olympiadbench,amc23"
-    add("--benchmarks", default=sets, help="names or files, with commas")
+    add("--benchmarks", default="math500,minerva,olympiadbench,amc23", help="names or files")
     add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
     add("--temperature", type=float, help="None: 0, greedy, for one sample, else 1")
     add("--top-p", type=float, default=1.0, help="nucleus of sampling")

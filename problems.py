@@ -79,8 +79,8 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
     else:
         known = ", ".join(sorted({n for n, role in DATASETS if serves in (None, role)}))
         raise UserError(f"no dataset {name!r}: give a .jsonl, .json or .parquet file, or {known}")
-    for number, row in enumerate(rows, start=1):
-        with explain(f"{name}, row {number} wants a text {ask!r} and {tell!r}: {row!r:.80}"):
+    for i, row in enumerate(rows, start=1):
+        with explain(f"{name}, row {i} wants a text {ask!r} and {tell!r}: {row!r:.80}"):
             # no tokenizer takes lone surrogates
             question, answer = row[ask].encode(errors="replace").decode(), row[tell]
             if not question.strip():
@@ -88,11 +88,10 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
         answer = (answer or [None])[0] if tell == "final_answer" else answer  # a list of one
         answer = last_box(str(answer)) if tell == "solution" else answer
         answer = str(answer).split("####")[-1].strip() if name == "gsm8k" else answer
-        key = f"{path.stem}/{number - 1}"
-        if path.suffix and row.get("id") is not None:
-            key = str(row["id"]).encode(errors="replace").decode()
+        key = row["id"] if path.suffix and row.get("id") is not None else f"{path.stem}/{i - 1}"
+        key = str(key).encode(errors="replace").decode()
         if key in problems:
-            raise UserError(f"{name}, row {number}: its id {key!r} is also that of a row before it")
+            raise UserError(f"{name}, row {i}: its id {key!r} is also that of a row before it")
         problems[key] = {"id": key, "question": question, "answer": answer}
     if not problems:
         raise UserError(f"{name} has no rows")
@@ -326,9 +325,8 @@ def _values(text: str) -> list[Any]:
     tree = latex2sympy(f"({text.replace('=', ')-(', 1)})", conversion_config=case)  # (): all of it
     exact = {x: Rational(str(x)) for x in tree.atoms(Float)} | {Symbol("i"): I}
     spots = {x: int.from_bytes(x.name.encode()) ** 3 % 9973 for x in tree.free_symbols}
-    points = ({x: Rational(spot - k, 2000) for x, spot in spots.items()} for k in (0, 5000))
-    values = [tree.xreplace(point | exact) for point in points]
-    return [Integer(0) if value.is_zero else value.evalf(350) for value in values]
+    points = ({x: Rational(at - k, 2000) for x, at in spots.items()} | exact for k in (0, 5000))
+    return [Integer(0) if x.is_zero else x.evalf(350) for x in map(tree.xreplace, points)]
 
 
 def _verify(gold: str, pred: str) -> bool:
@@ -536,12 +534,11 @@ def sample_all(llm: Any, rows: list[dict], n: int, out: Path, identity: dict, ar
     rank, world = dist.get_rank(), dist.get_world_size()
     partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
-    asked = [row | {"sample": i} for row in rows for i in range(n) if (row["id"], i) not in drawn]
-    seeds = (response_seed(args.seed, 0, row["id"], row["sample"]) for row in asked)
-    jobs = [(row, params | {"seed": seed}) for row, seed in zip(asked, seeds, strict=True)]
+    jobs = [(row | {"sample": i}, params | {"seed": response_seed(args.seed, 0, row["id"], i)})
+            for row in rows for i in range(n) if (row["id"], i) not in drawn]  # fmt: skip
     share = -(-len(jobs) * args.tensor_parallel_size // world)  # rounded up
     bar = tqdm(sample(llm, jobs, args), total=share, unit=" responses", disable=rank > 0)
-    records = ({key: asked[i][key] for key in ("id", "sample", "prompt", "answer")}
+    records = ({key: jobs[i][0][key] for key in ("id", "sample", "prompt", "answer")}
                | {key: drawn[key] for key in ("output", "reward", "finished")}
                | {"tokens": len(drawn["ids"])} for i, drawn in bar)  # fmt: skip
     with bar:  # ended, it leaves the line to what is told then
@@ -577,8 +574,7 @@ def partials(out: Path) -> list[Path]:
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     """Seed one response by what it is, so that no batch, rank or resume changes what is sampled."""
-    text = json.dumps([seed, step, problem_id, sample])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2  # fits an int64
+    return int(sha256(json.dumps([seed, step, problem_id, sample]))[:16], 16) >> 2  # fits an int64
 
 
 MOST = {"beta1": float("inf"), "top_p": 1, "gpu_memory_utilization": 1}  # others are finite
@@ -590,10 +586,9 @@ def check_args(args: Any, *may_be_zero: str) -> None:
         zero, most = value == 0 and name in ("seed", *may_be_zero), MOST.get(name, 1e300)
         if type(value) in (int, float) and not (zero or 0 < value <= most):
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
-    out = Path(args.out).absolute()
-    there = next(path for path in [out, *out.parents] if path.exists())
+    there = next(path for path in Path(args.out, "in").absolute().parents if path.exists())
     if not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: {there} cannot be written")
+        raise UserError(f"--out {args.out}: {there} cannot be written")
 
 
 def model_folder(model: str) -> Path:
@@ -676,11 +671,10 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
-    with explain(f"cannot write {path}", OSError), open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with explain(f"cannot write {path}", OSError):
+        beside.write_text(text, "utf-8")
+        os.sync()  # all that is written, before it gets its name
+        os.replace(beside, path)
 
 
 def lock(path: Path) -> TextIO:

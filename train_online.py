@@ -137,10 +137,11 @@ def rollout(llm: Any, jobs: list[tuple[dict, dict]], args: Namespace, stop: Any 
     Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
     the responses of `problems.sample`, in order and each with its "prompt".
     """
-    drawn = {i: r | {"prompt": jobs[i][0]} for i, r in problems.sample(llm, jobs, args, stop, lap)}
-    dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), drawn))
-    drawn = {i: r for _, part in everyone for i, r in part.items()}
-    return [n for stops, _ in everyone for n in stops], [drawn[i] for i in sorted(drawn)]
+    mine = dict(problems.sample(llm, jobs, args, stop, lap))
+    dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), mine))
+    drawn = {i: response for _, part in everyone for i, response in part.items()}
+    responses = [drawn[i] | {"prompt": jobs[i][0]} for i in sorted(drawn)]
+    return [number for numbers, _ in everyone for number in numbers], responses
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,14 +220,13 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespac
             skip = shutil.ignore_patterns("*.safetensors*", "*.bin", "*.pt", "manifest.json")
             shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
             config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
-            problems.write_whole(beside / "config.json", json.dumps(config, indent=2))
+            (beside / "config.json").write_text(json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
             if state:
                 with open(beside / "trainer.pt", "wb") as file:  # a path's failure is not explained
                     torch.save(state, file)
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
-            problems.write_json(beside / "manifest.json", manifest)
-            os.sync()
+            problems.write_json(beside / "manifest.json", manifest)  # all else is on the disk now
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(beside, folder)
             for old in step_folders(folder.parent)[args.keep_checkpoints :]:
@@ -249,9 +249,9 @@ def whole_step(folder: Path) -> int:
     return 0
 
 
-def open_run(args: Namespace, header: dict, identity: dict) -> tuple[TextIO, int | None]:
+def open_run(args: Namespace, header: dict) -> tuple[TextIO, int | None]:
     """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
-    out, step = Path(args.out), 0
+    out, step, identity = Path(args.out), 0, problems.identify(args, *FREE_ON_RESUME)
     problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
     metrics = problems.lock(out / "metrics.jsonl")
     if (out / "config.json").exists():
@@ -343,8 +343,7 @@ def train(args: Namespace, header: dict, prompts: list[dict], questions: list[di
         signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
     out, nodes = Path(args.out), world // int(os.environ["LOCAL_WORLD_SIZE"])  # the engine's later
-    identity = problems.identify(args, *FREE_ON_RESUME)
-    metrics, done = open_run(args, header, identity) if rank == 0 else (None, 0)
+    metrics, done = open_run(args, header) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) is None:
         return
