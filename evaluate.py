@@ -9,6 +9,7 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 
 import json
 import statistics
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ LONGEST_PROMPT = 4096  # tokens; of a longer one its end is asked
 
 def parse_args() -> Namespace:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
+    parser = ArgumentParser(description=about, formatter_class=style)
     add = parser.add_argument
     add("--model", default="runs/math/final", help="a folder or a hub id")
     add("--benchmarks", default="math500,minerva,olympiadbench,amc23", help="names or files")
@@ -78,7 +80,7 @@ def grade_file(path: Path) -> dict:
     if summary.exists():  # samples of ours: are they as they were saved?
         saved = problems.read_json(summary, "benchmarks", "sha256")["benchmarks"].get(path.stem)
         if saved and saved["samples_sha256"] != problems.file_sha256(path):
-            print(f"{path} is not as it was saved: damaged or edited")
+            print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
     types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
     for i, row in enumerate(rows):
         with problems.explain(f"{path}, row {i + 1}"):

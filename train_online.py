@@ -44,7 +44,8 @@ DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 def parse_args() -> Namespace:
     """Read the command line; the published MATH run needs no flag."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
+    parser = ArgumentParser(description=about, formatter_class=style)
     add = parser.add_argument
     add("--values", default="values/math.json", help="stage 1's file")
     add("--out", default="runs/math", help="folder of the run")
@@ -180,7 +181,8 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
     """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
     options = {"mesh": mesh, "mp_policy": dist.fsdp.MixedPrecisionPolicy(compute, torch.float32)}
     options |= {"offload_policy": dist.fsdp.CPUOffloadPolicy()} if offload else {}
-    # On a CPU gathering costs time, and there is room to keep what is gathered.
+    # On a CPU gathering costs time, and there is room to keep what is gathered. On a GPU the root
+    # goes too: backward gathers the head once more, but the reference's never stays in memory.
     options |= {"reshard_after_forward": compute != torch.float32}
     for module in [*lm.base_model.layers, policy := Policy(lm)]:
         dist.fsdp.fully_shard(module, **options)
@@ -190,8 +192,8 @@ def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = 
 def sync(llm: Any, policy: Policy) -> None:
     """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
     # A head tied to the embedding is there twice: the engine has a copy of it, packed for CPUs.
-    shards = policy.lm.state_dict().items()  # each is cast before it travels
-    weights = ((name, part.to(COMPUTE).full_tensor()) for name, part in shards)
+    # Each is cast before it travels.
+    weights = ((k, part.to(COMPUTE).full_tensor()) for k, part in policy.lm.state_dict().items())
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 
@@ -207,24 +209,28 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespac
 
     float32 weights and, in trainer.pt, AdamW's state; without an optimiser the finished model
     alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
-    Written beside, hashed into manifest.json, flushed, renamed.
+    Written beside, hashed into manifest.json, flushed, renamed; what a kill leaves unfinished goes
+    with the next save.
     """
     beside, dtype = folder.with_name(".unfinished"), torch.float32 if optimizer else COMPUTE
-    shards = policy.lm.named_parameters()  # a head tied to the embedding is there once
-    whole = ((name, p.detach().to(dtype).full_tensor()) for name, p in shards)
+    # A head tied to the embedding is there once.
+    whole = ((k, p.detach().to(dtype).full_tensor()) for k, p in policy.lm.named_parameters())
     weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
     state = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer else {}
     if dist.get_rank() == 0:
         with problems.explain(f"cannot write {folder}", OSError):
             shutil.rmtree(beside, ignore_errors=True)
-            skip = shutil.ignore_patterns("*.safetensors*", "*.bin", "*.pt", "manifest.json")
-            shutil.copytree(problems.model_folder(args.model), beside, ignore=skip)
-            config = problems.read_json(beside / "config.json") | {"dtype": str(dtype)[6:]}
+            reference, its = problems.model_folder(args.model), ("*.safetensors*", "*.bin", "*.pt")
+            skip = shutil.ignore_patterns(*its, "config.json", "manifest.json")
+            shutil.copytree(reference, beside, ignore=skip)
+            config = problems.read_json(reference / "config.json") | {"dtype": str(dtype)[6:]}
             (beside / "config.json").write_text(json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
             if state:
-                with open(beside / "trainer.pt", "wb") as file:  # a path's failure is not explained
-                    torch.save(state, file)
+                need = 2.01 * (beside / "model.safetensors").stat().st_size
+                if shutil.disk_usage(beside).free < need:  # torch.save would not say why
+                    raise OSError("No space left on device")
+                torch.save(state, beside / "trainer.pt")
             manifest = {"step": step, "files": problems.folder_hashes(beside)}
             problems.write_json(beside / "manifest.json", manifest)  # all else is on the disk now
             shutil.rmtree(folder, ignore_errors=True)
@@ -244,8 +250,8 @@ def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
     with contextlib.suppress(UserError):
         manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
-        if manifest["files"].items() <= problems.folder_hashes(folder).items():
-            return manifest["step"]
+        whole = manifest["files"].items() <= problems.folder_hashes(folder).items()
+        return manifest["step"] * (whole and folder.name in ("final", f"step-{manifest['step']}"))
     return 0
 
 
@@ -267,7 +273,8 @@ def open_run(args: Namespace, header: dict) -> tuple[TextIO, int | None]:
     problems.write_json(out / "config.json", vars(args) | identity)
     kept = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:step]
     with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
-        if [json.loads(line)["step"] for line in kept] != list(range(1, step + 1)):
+        told = [json.loads(line)["step"] for line in kept if line.endswith(b"\n")]
+        if told != list(range(1, step + 1)):
             raise ValueError(f"it does not tell each of the {step} steps that are saved")
     metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
     return metrics, step

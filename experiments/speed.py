@@ -236,6 +236,7 @@ def in_turns(number: int, *works: Callable[[], Any]) -> None:
 
 def bare_logprob(lm: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """ln pi of packed tokens by a plain transformers model and plain logits; (R,) float32."""
+    inputs = {k: v.to(lm.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     rest = {k: v for k, v in inputs.items() if k not in ("rows", "targets", "temperature")}
     hidden = lm.base_model(use_cache=False, **rest).last_hidden_state[0][inputs["rows"]]
     weight, targets = lm.get_output_embeddings().weight, inputs["targets"]

@@ -69,7 +69,7 @@ TRAIN_ONLINE = {
     "rewards that are no numbers": ("--values {files}/nan.json", "rewards"),
     "a prompt without rewards": ("--values {files}/unrewarded.json", "rewards"),
     "a prompt that is a number": ("--values {files}/number-prompt.json", "prompt"),
-    "an id twice": ("--values {files}/twice.json", "p0"),
+    "an id twice": ("--values {files}/twice.json", "twice"),
     "prompts that are no list": ("--values {files}/prompts.json", "prompts"),
     "no prompts": ("--values {files}/no-prompts.json", "prompts"),
     "a header without temperature": ("--values {files}/temperature.json", "temperature"),

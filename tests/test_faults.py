@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +101,7 @@ def checkpoints(out: Path) -> list[Path]:
 def being_written(out: Path, since: float) -> bool:
     """Tell whether a checkpoint is half written, by a process started at `since`."""
     with contextlib.suppress(FileNotFoundError):
-        for path in (out / "checkpoints").glob(".step-*"):
+        for path in (out / "checkpoints").glob(".unfinished"):
             if path.stat().st_mtime > since:
                 return True
     return False
@@ -120,7 +119,7 @@ def records(out: Path) -> list[tuple[str, str, int]]:
         found += [(path.stem, row["id"], row["sample"]) for row in rows]
     for path in out.glob("*.partial-*"):
         lines = path.read_text("utf-8", "replace").split("\n")
-        good = [line[9:] for line in lines if line[:8] == f"{zlib.crc32(line[9:].encode()):08x}"]
+        good = [line[65:] for line in lines if line[:64] == problems.sha256(line[65:])]
         rows = itertools.dropwhile(lambda row: "identity" not in row, map(json.loads, good))
         if path.with_name(path.name.split(".partial")[0]) not in whole:
             name = path.name.split(".")[0]
@@ -504,7 +503,7 @@ def partial(killed, tmp_path_factory) -> SimpleNamespace:
     path, out = folder / left.name, folder / left.name.removesuffix(".partial-0")
     shutil.copy(left, path)
     (first,) = [line for line in path.read_text().split("\n") if '"identity"' in line]
-    identity = json.loads(first[9:])["identity"]
+    identity = json.loads(first[65:])["identity"]
     kept = problems.read_partial(out, identity)
     assert sum(key[1] is not None for key in kept) == len(records(folder)) > 0
     return SimpleNamespace(path=path, out=out, identity=identity, records=kept)
