@@ -47,11 +47,11 @@ def summary(header: dict, prompts: list[dict], **_: str) -> str:
               "all wrong": right[0] / p, "all right": right[n] / p,
               "truncated": header["truncated"] / p / n}  # fmt: skip
     return "\n".join([
-        f"{p} prompts ({header['dropped_long']} more dropped, too long), {n} samples each, "
-        f"{header['seconds']:.0f} s, {header['tokens_per_second']:.0f} tokens/s, "
-        f"mean V* {header['mean_v_star']:.3f}", "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
-        f"grading {header['grading']}; right of {n}, prompts:",
-        *(f"{k:>4} {p:>6} {'#' * (50 * p // max(right))}" for k, p in enumerate(right))
+        f"{p} prompts, {n} samples each, {header['seconds']:.0f} s, "
+        f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}",
+        "  ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+        f"{header['dropped_long']} too long; grading {header['grading']}; right of {n}, prompts:",
+        *(f"{k:>4} {p:>6} {'#' * (50 * p // max(right))}" for k, p in enumerate(right)),
     ])  # fmt: skip
 
 
