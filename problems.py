@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -324,7 +325,7 @@ def _values(text: str) -> list[Any]:
     case = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
     tree = latex2sympy(f"({text.replace('=', ')-(', 1)})", conversion_config=case)  # (): all of it
     exact = {x: Rational(str(x)) for x in tree.atoms(Float)} | {Symbol("i"): I}
-    spots = {x: int.from_bytes(x.name.encode()) ** 5 % 9973 for x in tree.free_symbols}
+    spots = {x: zlib.crc32(x.name.encode()) % 9973 for x in tree.free_symbols}
     points = ({x: Rational(at - k, 2000) for x, at in spots.items()} | exact for k in (0, 5000))
     return [Integer(0) if x.is_zero else x.evalf(350) for x in map(tree.xreplace, points)]
 
