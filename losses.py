@@ -133,18 +133,23 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
     is not; and what transformers itself does about packing fails silently.
     """
-    qkv = (query, key, value)
-    if query.is_cuda:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if q.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         options = {"window_size": (-1, 0), "enable_gqa": True, "scale": scaling}
-        return varlen_attn(*(x[0].transpose(0, 1) for x in qkv), *bounds, **options)[None], None
-    # No such kernel on the CPU: one sequence after the other, faster there than padding them.
-    sequences = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in qkv), strict=True)
+        return varlen_attn(q, k, v, *bounds, **options)[None], None
+    # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
+    # One sequence after another is faster where lengths differ much, slower where they are alike.
+    real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
+    padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
+    for empty, x in zip(padded, (q, k, v), strict=True):
+        empty[real] = x
     options = {"is_causal": True, "enable_gqa": True, "scale": scaling}
-    out = [torch.nn.functional.scaled_dot_product_attention(*qkv, **options) for qkv in sequences]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    qkv = (x.transpose(1, 2) for x in padded)
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, **options)
+    return out.transpose(1, 2)[real][None], None
 
 
 def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor,
