@@ -684,7 +684,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
-    with explain(f"cannot write {path}, or another run does"):
+    with explain(f"cannot write {path}; if another run does, wait or give another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -278,7 +278,7 @@ class Bench:
         options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
         options["enable_sleep_mode"] = self.on_gpu
         self.llm = problems.start_engine(args, args.max_prompt_tokens, **options)
-        self.device, compute = ("cuda", torch.bfloat16) if self.on_gpu else ("cpu", torch.float32)
+        self.device, compute = train_online.DEVICE, train_online.COMPUTE
         self.rate = matmul_rate(self.device, compute)
         if not args.shape:
             problems.write_prompts(prompts, self.llm, args)
