@@ -8,37 +8,28 @@ samples at temperature 1. All samples are saved; a killed run continues if start
 """
 
 import json
+import shutil
 import statistics
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import problems
 from losses import pass_at_k
 
 SMALL = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")  # 30 or 40 problems each
-LONGEST_PROMPT = 4096  # tokens; of a longer one its end is asked
 
-
-def parse_args() -> Namespace:
-    """Read the command line."""
-    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
-    parser = ArgumentParser(description=about, formatter_class=style)
-    add = parser.add_argument
-    add("--model", default="runs/math/final", help="a folder or a hub id")
-    add("--benchmarks", default="math500,minerva,olympiadbench,amc23", help="names or files")
-    add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
-    add("--temperature", type=float, help="None: 0, greedy, for one sample, else 1")
-    add("--top-p", type=float, default=1.0, help="nucleus of sampling")
-    add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
-    add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--out", default="results/math", help="folder of the samples and summary.json")
-    add("--grade", help="score this file of outputs (answer, output[, finished, id]) instead")
-    add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="the engine's share of a GPU")
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
-    return parser.parse_args()
+parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.9)
+add = parser.add_argument
+add("--model", default="runs/math/final", help="a folder or a hub id")
+add("--benchmarks", default="math500,minerva,olympiadbench,amc23", help="names or files")
+add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
+add("--temperature", type=float, help="None: 0, greedy, for one sample, else 1")
+add("--top-p", type=float, default=1.0, help="nucleus of sampling")
+add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
+add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
+add("--out", default="results/math", help="folder of the samples and summary.json")
+add("--grade", help="score this file of outputs (answer, output[, finished, id]) instead")
+add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
 
 
 def score(records: list[dict]) -> dict:
@@ -78,7 +69,7 @@ def grade_file(path: Path) -> dict:
     """Score saved outputs again; UserError unless every row has an answer and an output."""
     rows, summary = problems.read_rows(path), path.with_name("summary.json")
     if summary.exists():  # samples of ours: are they as they were saved?
-        saved = problems.read_json(summary, "benchmarks", "sha256")["benchmarks"].get(path.stem)
+        saved = problems.read_json(summary, ours=True).get("benchmarks", {}).get(path.stem)
         if saved and saved["samples_sha256"] != problems.file_sha256(path):
             print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
     types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
@@ -96,11 +87,11 @@ def grade_file(path: Path) -> dict:
 
 def main() -> None:
     """Sample, grade, save, sum up."""
-    args = parse_args()
+    args = parser.parse_args()
     problems.check_args(args, "num_samples", "limit", "temperature")
     if args.grade:
         return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
-    sets, out, done = {}, Path(args.out), {}
+    sets, out = {}, Path(args.out)
     for name in args.benchmarks.split(","):
         rows = problems.load_problems(name, "test")[: args.limit or None]
         problems.split_gradable(name, rows, "counts as wrong")
@@ -108,21 +99,18 @@ def main() -> None:
         if name in sets:
             raise problems.UserError(f"two benchmarks are called {name}: give each its own --out")
         sets[name] = rows, {"rows_sha256": problems.content_sha256({"rows": rows})}
-    longest = min(problems.context_length(args.model) - args.max_tokens, LONGEST_PROMPT)
+    # of a prompt that is longer its end is asked
+    longest = min(4096, problems.context_length(args.model) - args.max_tokens)
     if longest < 1:
         raise problems.UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no prompt")
     problems.launch(args.tensor_parallel_size)
     import torch.distributed as dist
 
     header = problems.identify(args, "benchmarks", "grade")
-    if (out / "summary.json").exists():
-        saved = problems.read_json(out / "summary.json", "header", "benchmarks", "sha256")
-        problems.refuse_difference(f"what is in {out}", saved["header"], header)
-        done = saved["benchmarks"]
+    done = problems.left_by(out / "summary.json", header).get("benchmarks", {})
     for name in sets.keys() & done.keys():
-        ours = sets[name][1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
+        ours = sets.pop(name)[1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
-    sets = {name: pair for name, pair in sets.items() if name not in done}
     llm = problems.start_engine(args, longest) if sets else None
     for name, (rows, identity) in sets.items():
         problems.write_prompts(rows, llm, args, longest)
@@ -134,8 +122,7 @@ def main() -> None:
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
             done[name] = score(records) | identity | {"samples_sha256": problems.file_sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
-            for path in problems.partials(file):
-                path.unlink()
+            shutil.rmtree(f"{file}.partial", ignore_errors=True)  # NFS keeps what is open
         dist.barrier()
     if dist.get_rank() == 0:
         print(table(done), "grading:", problems.grading_counts, sep="\n")

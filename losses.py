@@ -39,17 +39,13 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     return v_star.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
-                  chunk: int = 512) -> Tensor:  # fmt: skip
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature=1.0, chunk=512):
     """ln softmax(hidden weight^T / temperature) at the targets; (R, D), (V, D), (R,) -> (R,).
 
     `chunk` rows at a time, whose logits are computed again in backward, so that (R, V) never stands
     in memory: at V = 151,936 one float32 copy for 16,384 tokens would be 9.3 GiB. Float32 logits
     and result also for bf16 inputs, since the 8 bits of bf16 are off by up to 0.2 % of a logit.
     """
-    shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
-    if hidden.ndim != 2 or shapes[1][1:] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
-        raise ValueError(f"need hidden (R, D), weight (V, D), targets (R,), not {shapes}")
 
     def head(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = _Float32Product.apply(hidden, weight) / temperature
@@ -82,8 +78,6 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     Response b owns the lengths[b] entries after those of the responses before it. Lengths rather
     than `token != pad` say what belongs to it: in many base models pad is EOS.
     """
-    if token_logp.ndim != 1 or int(lengths.sum()) != len(token_logp):
-        raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(token_logp.shape)}")
     # Not index_add: its order of addition is not fixed on a GPU, and pi / pi_ref would not be 1.
     return torch.stack([part.sum() for part in token_logp.float().split(lengths.tolist())])
 
@@ -125,35 +119,29 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict, Te
     return inputs, torch.tensor([len(y) for y in responses])
 
 
-def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
-                     *, cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None,
-                     **kwargs: object) -> tuple[Tensor, None]:  # fmt: skip
+def packed_attention(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, **more):
     """Causal attention inside each packed sequence, as transformers calls it.
 
     (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
     is not; and what transformers itself does about packing fails silently.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if q.is_cuda:
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
+    if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        options = {"window_size": (-1, 0), "enable_gqa": True, "scale": scaling}
-        return varlen_attn(q, k, v, *bounds, **options)[None], None
+        options = {"window_size": (-1, 0), "enable_gqa": True, "scale": more.get("scaling")}
+        return varlen_attn(*qkv, *bounds, **options)[None], None
     # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
     # One sequence after another is faster where lengths differ much, slower where they are alike.
     real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
-    padded = [x.new_zeros(*real.shape, *x.shape[1:]) for x in (q, k, v)]
-    for empty, x in zip(padded, (q, k, v), strict=True):
-        empty[real] = x
-    options = {"is_causal": True, "enable_gqa": True, "scale": scaling}
-    qkv = (x.transpose(1, 2) for x in padded)
+    qkv = (x.new_zeros(real.shape + x.shape[1:]).index_put((real,), x).transpose(1, 2) for x in qkv)
+    options = {"is_causal": True, "enable_gqa": True, "scale": more.get("scaling")}
     out = torch.nn.functional.scaled_dot_product_attention(*qkv, **options)
     return out.transpose(1, 2)[real][None], None
 
 
-def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor,
-                   beta2: float) -> Tensor:  # fmt: skip
+def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float):
     """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> ().
 
     Sums over tokens, not means; no importance ratio, clipping or normalisation. At the published

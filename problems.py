@@ -5,11 +5,9 @@ is imported at the top, as the file is also run as a grading worker (section 4),
 """
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -19,6 +17,7 @@ import socket
 import sys
 import threading
 import zlib
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -148,14 +147,13 @@ def format_prompt(question: str, chat_tokenizer: Any = None) -> str:
         return chat_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def write_prompts(rows: list[dict], llm: Any, args: Any, longest: int = 0) -> None:
+def write_prompts(rows: list[dict], llm: Any, args: Namespace, longest: int = 0) -> None:
     """Give each row its "prompt", if it has none, and the last `longest` (0: all) "prompt_ids"."""
     tokenizer, chat = llm.get_tokenizer(), args.chat_template
     for row in rows:
         row.setdefault("prompt", format_prompt(row["question"], chat and tokenizer))
         # a chat template has already written the special tokens (BOS) itself
-        ids = tokenizer(row["prompt"], add_special_tokens=not chat).input_ids
-        row["prompt_ids"] = ids[-longest:]
+        row["prompt_ids"] = tokenizer.encode(row["prompt"], add_special_tokens=not chat)[-longest:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -298,7 +296,7 @@ def _same(gold: str, pred: str, verify: Callable[[str, str], bool]) -> bool:
     if "," in gold + pred:  # tuples and intervals, in order
         golds, preds = (_COMMA.split(text[1:-1]) for text in (gold, pred))
         alike = gold[:1] + gold[-1:] == pred[:1] + pred[-1:] and len(golds) == len(preds)
-        return alike and all(map(_same, golds, preds, itertools.repeat(verify)))
+        return alike and all(_same(g, p, verify) for g, p in zip(golds, preds, strict=True))
     (gold, _, unit), (pred, _, other) = gold.partition("@"), pred.partition("@")
     if unit or other:
         return (unit == other or "" in (unit, other)) and _same(gold, pred, verify)
@@ -437,15 +435,14 @@ def launch(tensor_parallel_size: int = 1) -> None:
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
-    for setting in UNLESS_SET.split():
-        os.environ.setdefault(*setting.split("="))
+    os.environ |= dict(setting.split("=") for setting in UNLESS_SET.split()) | os.environ
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
 
     gpus = torch.cuda.device_count()
     if "RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the launcher
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # not to outlive the launcher
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # or is it dead already?
             agent = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection(agent, timeout=60).close()
@@ -468,7 +465,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
         raise UserError(f"--tensor-parallel-size {tensor_parallel_size} does not part the GPUs")
 
 
-def start_engine(args: Any, longest_prompt: int, **options: Any) -> Any:
+def start_engine(args: Namespace, longest_prompt: int, **options: Any) -> Any:
     """Start this rank's vLLM engine inside this process, alike in all stages; collective."""
     import torch
     from vllm import LLM
@@ -486,8 +483,7 @@ def start_engine(args: Any, longest_prompt: int, **options: Any) -> Any:
         return LLM(str(model_folder(args.model)), **options)
 
 
-def sample(llm: Any, jobs: list[tuple[dict, dict]], args: Any, stop: Any = (),
-           lap: Callable[[], None] = lambda: None) -> Iterator[tuple[int, dict]]:  # fmt: skip
+def sample(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> Iterator:
     """Answer this engine's share of jobs (row, sampling parameters); yields (place, response).
 
     A row has "prompt_ids" and "answer". A response is {"ids" (EOS included), "output" (as text),
@@ -507,16 +503,16 @@ def sample(llm: Any, jobs: list[tuple[dict, dict]], args: Any, stop: Any = (),
     alike |= {"skip_clone": True, "detokenize": False, "flat_logprobs": True}
     tp = args.tensor_parallel_size
     for i in range(dist.get_rank() // tp, len(jobs), dist.get_world_size() // tp):
-        params = SamplingParams(**alike, **jobs[i][1])
-        engine.add_request(str(i), {"prompt_token_ids": jobs[i][0]["prompt_ids"]}, params)
+        prompt = {"prompt_token_ids": jobs[i][0]["prompt_ids"]}
+        engine.add_request(str(i), prompt, SamplingParams(**alike, **jobs[i][1]))
     while engine.has_unfinished_requests() and not (stop and tp == 1):
         for output in engine.step():
             i, done = int(output.request_id), output.outputs[0]
             drawn = {"ids": list(done.token_ids), "finished": done.finish_reason == "stop"}
             drawn["output"] = tokenizer.decode(drawn["ids"], skip_special_tokens=True)
             drawn["sampler_logp"] = list(done.logprobs.logprobs) if done.logprobs else []
-            text = drawn["output"] if drawn["finished"] else ""
-            waiting.append((i, drawn, submit(text, jobs[i][0]["answer"])))
+            said = drawn["output"] * drawn["finished"]  # "" if it is not
+            waiting.append((i, drawn, submit(said, jobs[i][0]["answer"])))
         while waiting and waiting[0][2].done():
             i, drawn, grade = waiting.pop(0)
             yield i, drawn | {"reward": grade.result()}
@@ -524,57 +520,45 @@ def sample(llm: Any, jobs: list[tuple[dict, dict]], args: Any, stop: Any = (),
     yield from ((i, drawn | {"reward": grade.result()}) for i, drawn, grade in waiting)
 
 
-def sample_all(llm: Any, rows: list[dict], n: int, out: Path, identity: dict, args: Any,
-               **params: Any) -> list[dict]:  # fmt: skip
+def sample_all(llm, rows: list, n: int, out: Path, identity: dict, args, **params) -> list[dict]:
     """Draw n graded samples of each row, the engines sharing the work; a list of records.
 
-    Each is appended to OUT.partial-RANK once graded, so that a run killed and started again with
-    the same identity draws only what is missing; another identity is a UserError naming the field.
+    Each is appended to OUT.partial/RANK.jsonl once graded, so that a run killed and started again
+    with the same identity draws only what is missing; another one is a UserError naming the field.
+    The caller, who saves the records, deletes OUT.partial after it.
     """
     from torch import distributed as dist
     from tqdm import tqdm
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    dist.broadcast_object_list(box := [identity])  # rank 0's, should nodes have other files
-    identity = box[0]
-    partial, drawn = lock(Path(f"{out}.partial-{rank}")), read_partial(out, identity)
+    rank, world, folder = dist.get_rank(), dist.get_world_size(), Path(f"{out}.partial")
+    partial = lock(folder / f"{rank}.jsonl")
+    if rank == 0:  # whose identity counts, should nodes have other files
+        left_by(folder / "identity.json", identity)
+        write_json(folder / "identity.json", identity)
+    had = read_partial(folder)
     dist.barrier()  # all have read before one writes
     jobs = [(row | {"sample": i}, params | {"seed": response_seed(args.seed, 0, row["id"], i)})
-            for row in rows for i in range(n) if (row["id"], i) not in drawn]  # fmt: skip
+            for row in rows for i in range(n) if (row["id"], i) not in had]  # fmt: skip
     share = -(-len(jobs) * args.tensor_parallel_size // world)  # rounded up
-    bar = tqdm(sample(llm, jobs, args), total=share, unit=" responses", disable=rank > 0)
-    records = ({key: jobs[i][0][key] for key in ("id", "sample", "prompt", "answer")}
-               | {key: drawn[key] for key in ("output", "reward", "finished")}
-               | {"tokens": len(drawn["ids"])} for i, drawn in bar)  # fmt: skip
-    with bar:  # ended, it leaves the line to what is told then
-        for record in itertools.chain([{"identity": identity}], records):
-            text = json.dumps(record)  # behind its hash, which tells a torn line from a whole one
+    kept = ("id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens")
+    # `with`, for an error has a line of its own then
+    with tqdm(sample(llm, jobs, args), total=share, unit=" responses", disable=rank > 0) as bar:
+        for i, drawn in bar:
+            known = jobs[i][0] | drawn | {"tokens": len(drawn["ids"])}
+            text = json.dumps({key: known[key] for key in kept})  # its hash shows a torn line
             with explain(f"cannot write {partial.name}", OSError):
                 print(f"\n{sha256(text)} {text}", end="", file=partial, flush=True)
     dist.barrier()
-    drawn = read_partial(out, identity)
+    had = read_partial(folder)
     dist.barrier()  # all have read before the caller deletes
-    return [drawn[row["id"], i] for row in rows for i in range(n)]
+    return [had[row["id"], i] for row in rows for i in range(n)]
 
 
-def read_partial(out: Path, identity: dict) -> dict[tuple[str, int], dict]:
-    """Read the whole records of every OUT.partial-RANK; UserError if another identity wrote one."""
-    records = {}
-    for path in partials(out):
-        lines = path.read_text("utf-8", "replace").split("\n")
-        whole = (json.loads(line[65:]) for line in lines if line[:64] == sha256(line[65:]))
-        # Before it says whose it is no record counts.
-        for record in itertools.dropwhile(lambda record: "identity" not in record, whole):
-            if "identity" in record:
-                refuse_difference(str(path), record["identity"], identity)
-            else:
-                records[record["id"], record["sample"]] = record
-    return records
-
-
-def partials(out: Path) -> list[Path]:
-    """List the files of records beside OUT; once OUT holds them all they can go."""
-    return [p for p in out.parent.glob("*") if p.name.startswith(f"{out.name}.partial-")]
+def read_partial(folder: Path) -> dict[tuple[str, int], dict]:
+    """Read the whole records of every rank, by id and sample."""
+    lines = "\n".join(p.read_text("utf-8", "replace") for p in folder.glob("*.jsonl")).split("\n")
+    whole = [json.loads(line[65:]) for line in lines if line[:64] == sha256(line[65:])]
+    return {(record["id"], record["sample"]): record for record in whole}
 
 
 def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
@@ -582,10 +566,20 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     return int(sha256(json.dumps([seed, step, problem_id, sample]))[:16], 16) >> 2  # fits an int64
 
 
+def command_line(about: str, engine_share: float) -> ArgumentParser:
+    """Begin a script's command line: what it is about, and the flags that all stages share."""
+    parser = ArgumentParser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
+    add, share = parser.add_argument, "the engine's share of a GPU"
+    add("--seed", type=int, default=0, help="of sampling, and of the order of training")
+    add("--gpu-memory-utilization", type=float, default=engine_share, help=share)
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
+    return parser
+
+
 MOST = {"beta1": float("inf"), "top_p": 1, "gpu_memory_utilization": 1}  # others are finite
 
 
-def check_args(args: Any, *may_be_zero: str) -> None:
+def check_args(args: Namespace, *may_be_zero: str) -> None:
     """Raise UserError for a number out of range, or an --out that cannot be written."""
     for name, value in vars(args).items():
         zero, most = value == 0 and name in ("seed", *may_be_zero), MOST.get(name, 1e300)
@@ -615,19 +609,25 @@ def context_length(model: str) -> float:
     return read_json(model_folder(model) / "config.json").get("max_position_embeddings", 1e300)
 
 
-def check_context(args: Any) -> None:
+def check_context(args: Namespace) -> None:
     """Raise UserError if a prompt and a response may be longer than the model can read."""
     if args.max_prompt_tokens + args.max_tokens > context_length(args.model):
         raise UserError(f"--max-prompt-tokens + --max-tokens is more than {args.model} can read")
 
 
-def read_json(path: str | Path, *keys: str) -> Any:
-    """Read a JSON file; one of ours must have `keys`, among them its own sha256. Or UserError."""
+def read_json(path: str | Path, ours: bool = False) -> dict:
+    """Read a JSON file; one of `ours` must be as `write_json` wrote it. UserError if not."""
     with explain(f"cannot read {path}"):
         document = dict(json.loads(Path(path).read_text("utf-8")))  # a list is refused here
-        lacks = [key for key in keys if key not in document]
-    if lacks or (keys and document["sha256"] != content_sha256(document)):
-        raise UserError(f"{path} is damaged or edited: {lacks or 'sha256'} is not as written")
+        if ours and document.get("sha256") != content_sha256(document):
+            raise ValueError("damaged or edited, its sha256 is not that of the rest")
+    return document
+
+
+def left_by(path: Path, identity: dict) -> dict:
+    """Read what an earlier run left at `path`, {} if none; UserError if it was not `identity`'s."""
+    if document := read_json(path, ours=True) if path.exists() else {}:
+        refuse_difference(str(path), document.get("header", document), identity)
     return document
 
 
@@ -658,7 +658,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def identify(args: Any, *free: str) -> dict:
+def identify(args: Namespace, *free: str) -> dict:
     """Arguments, prompt and the model's files: what decides what is sampled."""
     free += ("out", "gpu_memory_utilization", "tensor_parallel_size")
     identity = {name: value for name, value in vars(args).items() if name not in free}

@@ -8,7 +8,6 @@ critic, group, importance ratio, clipping or normalisation (README, details).
 """
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -29,7 +28,6 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 import losses
 import problems
-from problems import UserError
 
 FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens", "chat_template")
 # What --resume may change: how long and on what a run runs, not what it computes.
@@ -41,54 +39,47 @@ tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evalu
 ON_GPU = torch.cuda.is_available()
 DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
-
-def parse_args() -> Namespace:
-    """Read the command line; the published MATH run needs no flag."""
-    about, style = __doc__.splitlines()[0], ArgumentDefaultsHelpFormatter
-    parser = ArgumentParser(description=about, formatter_class=style)
-    add = parser.add_argument
-    add("--values", default="values/math.json", help="stage 1's file")
-    add("--out", default="runs/math", help="folder of the run")
-    add("--resume", action="store_true", help="continue from OUT's last whole checkpoint")
-    add("--num-steps", type=int, default=725, help="rollouts")
-    add("--batch-size", type=int, default=256, help="prompts per rollout")
-    add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
-    add("--updates-per-batch", type=int, default=2, help="updates per rollout; 1 is on-policy")
-    add("--beta1", type=float, help="recompute V* with this beta1; None: the values file's")
-    add("--beta2", type=float, default=1e-3, help="strength of the KL term")
-    add("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant")
-    add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
-    add("--seed", type=int, default=0, help="of data order and sampling")
-    add("--save-every", type=int, default=50, help="steps between checkpoints")
-    add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
-    add("--eval-dataset", help="measure greedy accuracy on it while training")
-    add("--eval-every", type=int, default=50, help="steps between evaluations")
-    add("--model", help="pi_ref; None: the values file's, and so for the next three")
-    add("--temperature", type=float, help="of sampling and of ln pi")
-    add("--max-prompt-tokens", type=int, help="longest prompt, in tokens")
-    add("--max-tokens", type=int, help="longest response, in tokens")
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and rank")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
-    add("--offload-ref", action="store_true", help="keep pi_ref in CPU memory")
-    add("--gpu-memory-utilization", type=float, default=0.6, help="the engine's share of a GPU")
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
-    return parser.parse_args()
+# The published MATH run needs no flag; --help also tells those that all stages share.
+parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.6)
+add = parser.add_argument
+add("--values", default="values/math.json", help="stage 1's file")
+add("--out", default="runs/math", help="folder of the run")
+add("--resume", action="store_true", help="continue from OUT's last whole checkpoint")
+add("--num-steps", type=int, default=725, help="rollouts")
+add("--batch-size", type=int, default=256, help="prompts per rollout")
+add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
+add("--updates-per-batch", type=int, default=2, help="updates per rollout; 1 is on-policy")
+add("--beta1", type=float, help="recompute V* with this beta1; None: the values file's")
+add("--beta2", type=float, default=1e-3, help="strength of the KL term")
+add("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant")
+add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
+add("--save-every", type=int, default=50, help="steps between checkpoints")
+add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
+add("--eval-dataset", help="measure greedy accuracy on it while training")
+add("--eval-every", type=int, default=50, help="steps between evaluations")
+add("--model", help="pi_ref; None: the values file's, and so for the next three")
+add("--temperature", type=float, help="of sampling and of ln pi")
+add("--max-prompt-tokens", type=int, help="longest prompt, in tokens")
+add("--max-tokens", type=int, help="longest response, in tokens")
+add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and rank")
+add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
+add("--offload-ref", action="store_true", help="keep pi_ref in CPU memory")
 
 
-def check(args: Namespace) -> tuple[dict, list[dict], list[dict]]:
+def check(args: Namespace) -> tuple[list[dict], list[dict]]:
     """Check arguments and files before anything starts, and fill in what defaults to the header's.
 
-    Returns header and prompts of the values file and the rows of --eval-dataset. UserError for the
-    first mistake.
+    Returns the prompts of the values file and the rows of --eval-dataset. UserError for the first
+    mistake.
     """
     problems.check_args(args)
     if args.batch_size % args.updates_per_batch:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by --updates-per-batch")
-    values = problems.read_json(args.values, "header", "prompts", "sha256")
+        raise problems.UserError(f"--updates-per-batch must divide --batch-size {args.batch_size}")
+    values = problems.read_json(args.values, ours=True)
     with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
-        header, prompts = values["header"], values["prompts"]
+        header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
         given = {k: v for k, v in vars(args).items() if k in FROM_HEADER and v is not None}
-        vars(args).update({k: header[k] for k in FROM_HEADER}, values_sha256=values["sha256"])
+        vars(args).update({k: header[k] for k in (*FROM_HEADER, "model_sha256", "values_sha256")})
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"])
         prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star.tolist(), strict=True)]
@@ -98,16 +89,15 @@ def check(args: Namespace) -> tuple[dict, list[dict], list[dict]]:
     given["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, given)
     problems.check_context(args)
-    if args.filter_unsolved:
-        prompts = [prompt for prompt in prompts if max(prompt["rewards"]) > 0]
+    prompts = [p for p in prompts if max(p["rewards"]) > 0 or not args.filter_unsolved]
     if len(prompts) < args.batch_size:
-        left = f"{len(prompts)} prompts{' that were ever solved' * args.filter_unsolved}"
-        raise UserError(f"{args.values} has {left}, fewer than --batch-size {args.batch_size}")
+        left = f"{args.values}: {len(prompts)} prompts{' ever solved' * args.filter_unsolved}"
+        raise problems.UserError(f"{left}, fewer than --batch-size {args.batch_size}")
     questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
     args.eval_sha256 = problems.content_sha256({"rows": questions})
     if not args.resume and any(Path(args.out).glob("*")):
-        raise UserError(f"{args.out} is in use: --resume continues it; or give another --out")
-    return header, prompts, questions
+        raise problems.UserError(f"{args.out} is in use: --resume it, or give another --out")
+    return prompts, questions
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,17 +121,16 @@ def step_jobs(prompts: list[dict], args: Namespace, step: int) -> list[tuple[dic
             for i, (prompt, n) in enumerate(asked)]  # fmt: skip
 
 
-def rollout(llm: Any, jobs: list[tuple[dict, dict]], args: Namespace, stop: Any = (),
-            lap: Callable[[], None] = lambda: None) -> tuple[list[int], list[dict]]:  # fmt: skip
+def rollout(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> tuple[list, list]:
     """Answer and grade jobs, the engines sharing the work; collective.
 
     Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
-    the responses of `problems.sample`, in order and each with its "prompt".
+    the responses of `problems.sample`, in order and each with its prompt's fields.
     """
     mine = dict(problems.sample(llm, jobs, args, stop, lap))
     dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), mine))
     drawn = {i: response for _, part in everyone for i, response in part.items()}
-    responses = [drawn[i] | {"prompt": jobs[i][0]} for i in sorted(drawn)]
+    responses = [jobs[i][0] | drawn[i] for i in sorted(drawn)]
     return [number for numbers, _ in everyone for number in numbers], responses
 
 
@@ -173,7 +162,7 @@ def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = Fal
     odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
     sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
     if odd or sliding or lm.get_output_embeddings().bias is not None:
-        raise UserError(f"{lm.config.model_type} has an attention or a head not supported here")
+        raise problems.UserError(f"{lm.config.model_type}: its attention or head is not supported")
     return shard(lm, mesh, COMPUTE, offload)
 
 
@@ -207,8 +196,8 @@ WHOLE = dcp.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespace) -> None:
     """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
 
-    float32 weights and, in trainer.pt, AdamW's state; without an optimiser the finished model
-    alone, in bf16 on GPUs. Data order and seeds follow from the step, so there is no other state.
+    float32 weights and, in trainer.pt, AdamW's state, and the log so far; without an optimiser the
+    finished model alone, in bf16 on GPUs. Data order and seeds follow from the step.
     Written beside, hashed into manifest.json, flushed, renamed; what a kill leaves unfinished goes
     with the next save.
     """
@@ -227,6 +216,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespac
             (beside / "config.json").write_text(json.dumps(config, indent=2))
             save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
             if state:
+                shutil.copy(Path(args.out, "metrics.jsonl"), beside)
                 need = 2.01 * (beside / "model.safetensors").stat().st_size
                 if shutil.disk_usage(beside).free < need:  # torch.save would not say why
                     raise OSError("No space left on device")
@@ -248,21 +238,19 @@ def step_folders(folder: Path) -> list[Path]:
 
 def whole_step(folder: Path) -> int:
     """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
-    with contextlib.suppress(UserError):
-        manifest = problems.read_json(folder / "manifest.json", "step", "files", "sha256")
+    with contextlib.suppress(problems.UserError):
+        manifest = problems.read_json(folder / "manifest.json", ours=True)
         whole = manifest["files"].items() <= problems.folder_hashes(folder).items()
         return manifest["step"] * (whole and folder.name in ("final", f"step-{manifest['step']}"))
     return 0
 
 
-def open_run(args: Namespace, header: dict) -> tuple[TextIO, int | None]:
+def open_run(args: Namespace) -> tuple[TextIO, int | None]:
     """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
     out, step, identity = Path(args.out), 0, problems.identify(args, *FREE_ON_RESUME)
-    problems.refuse_difference(args.values, header, {"model_sha256": identity["model_sha256"]})
+    problems.refuse_difference(args.values, vars(args), {"model_sha256": identity["model_sha256"]})
     metrics = problems.lock(out / "metrics.jsonl")
-    if (out / "config.json").exists():
-        saved = problems.read_json(out / "config.json", "sha256")
-        problems.refuse_difference(f"the run in {out}", saved, identity)
+    if problems.left_by(out / "config.json", identity):
         if whole_step(out / "final") >= args.num_steps:
             return metrics, None
         for folder in step_folders(out / "checkpoints"):
@@ -271,12 +259,9 @@ def open_run(args: Namespace, header: dict) -> tuple[TextIO, int | None]:
             print(f"{folder} is damaged, now damaged-*; trying the one before", file=sys.stderr)
             folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
     problems.write_json(out / "config.json", vars(args) | identity)
-    kept = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:step]
-    with problems.explain(f"cannot read {out / 'metrics.jsonl'}"):
-        told = [json.loads(line)["step"] for line in kept if line.endswith(b"\n")]
-        if told != list(range(1, step + 1)):
-            raise ValueError(f"it does not tell each of the {step} steps that are saved")
-    metrics.truncate(sum(map(len, kept)))  # the steps after it run, and are told, again
+    metrics.truncate(0)  # the steps after the checkpoint run, and are told, again
+    if step:
+        shutil.copy(folder / "metrics.jsonl", out)
     return metrics, step
 
 
@@ -286,23 +271,21 @@ def open_run(args: Namespace, header: dict) -> tuple[TextIO, int | None]:
 
 def micro_batches(update: list[dict], args: Namespace) -> list[Namespace]:
     """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
-    lengths = [len(r["prompt"]["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
+    lengths = [len(r["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
     hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
     for hand in hands[dist.get_rank()]:
         chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
-        prompts = [r["prompt"] for r in chosen]
-        batch = {"rewards": [r["reward"] for r in chosen], "v_star": [p["v_star"] for p in prompts],
+        batch = {"rewards": [r["reward"] for r in chosen], "v_star": [r["v_star"] for r in chosen],
                  "sampler_logp": [x for r in chosen for x in r["sampler_logp"]]}  # fmt: skip
         batch = {name: torch.tensor(x, device=DEVICE) for name, x in batch.items()}
-        ids = [p["prompt_ids"] for p in prompts], [r["ids"] for r in chosen]
-        inputs, batch["lengths"] = losses.pack(*ids)  # FSDP moves the inputs
-        batch["inputs"] = inputs | {"temperature": args.temperature}
+        inputs, lengths = losses.pack([r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen])
+        # FSDP moves the inputs
+        batch |= {"inputs": inputs | {"temperature": args.temperature}, "lengths": lengths}
         batches.append(Namespace(**batch, share=len(hand) / len(update)))
     return batches
 
 
-def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[dict],
-                  args: Namespace, lap: Callable[[], None]) -> tuple:  # fmt: skip
+def least_squares(policy: Policy, ref: Policy, optimizer, responses: list, args: Namespace, lap):
     """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
 
     Returns loss, logratio, kl_per_token, grad_norm and logprob_gap; all but the loss and the norm
@@ -310,10 +293,9 @@ def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[d
     """
     # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
     size = len(responses) // args.updates_per_batch
-    starts = range(0, len(responses), size)
-    updates = [micro_batches(responses[start : start + size], args) for start in starts]
+    updates = [micro_batches(responses[i : i + size], args) for i in range(0, len(responses), size)]
     with torch.no_grad():
-        for batch in itertools.chain(*updates):
+        for batch in [batch for update in updates for batch in update]:
             batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
     lap()
     # 5. least squares
@@ -322,8 +304,8 @@ def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[d
         for batch in update:
             token_logp = policy(**batch.inputs)
             logp = losses.sequence_logprob(token_logp, batch.lengths)
-            goal = (batch.ref_logp, batch.rewards, batch.v_star, args.beta2)
-            loss = losses.a_star_po_loss(logp, *goal)
+            goal = (batch.ref_logp, batch.rewards, batch.v_star)
+            loss = losses.a_star_po_loss(logp, *goal, args.beta2)
             # FSDP takes the mean over the ranks
             (loss * batch.share * dist.get_world_size()).backward()
             sums[0] += loss.detach() * batch.share / len(updates)
@@ -339,8 +321,7 @@ def least_squares(policy: Policy, ref: Policy, optimizer: Any, responses: list[d
     return loss, logratio / size, logratio / tokens, norm.item() / len(updates), gap / tokens
 
 
-def train(args: Namespace, header: dict, prompts: list[dict], questions: list[dict],
-          learn: Callable = least_squares) -> None:  # fmt: skip
+def train(args: Namespace, prompts: list, questions: list, learn: Callable = least_squares) -> None:
     """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/).
 
     `learn` takes and returns what `least_squares` does, and calls `lap` once, before its updates.
@@ -350,7 +331,7 @@ def train(args: Namespace, header: dict, prompts: list[dict], questions: list[di
         signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
     rank, world = dist.get_rank(), dist.get_world_size()
     out, nodes = Path(args.out), world // int(os.environ["LOCAL_WORLD_SIZE"])  # the engine's later
-    metrics, done = open_run(args, header) if rank == 0 else (None, 0)
+    metrics, done = open_run(args) if rank == 0 else (None, 0)
     dist.broadcast_object_list(box := [done])
     if (done := box[0]) is None:
         return
@@ -379,11 +360,11 @@ def train(args: Namespace, header: dict, prompts: list[dict], questions: list[di
 
     def lap() -> None:
         torch.get_device_module(DEVICE).synchronize()
-        clock.append(time.perf_counter())
+        seconds.append(time.perf_counter() - began - sum(seconds))
 
     saved, stops = done, []
     for step in range(done + 1, args.num_steps + 1):
-        clock = [time.perf_counter()]
+        began, seconds = time.perf_counter(), []
         # 1. x ~ D
         jobs = step_jobs(prompts, args, step)
         # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
@@ -409,10 +390,9 @@ def train(args: Namespace, header: dict, prompts: list[dict], questions: list[di
             llm.wake_up(tags=["kv_cache"])
         lap()
 
-        of_each = [(r["reward"], r["prompt"]["v_star"], len(r["ids"]), not r["finished"])
-                   for r in responses]  # fmt: skip
+        of_each = [(r["reward"], r["v_star"], len(r["ids"]), not r["finished"]) for r in responses]
         reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
-        seconds, total = [b - a for a, b in itertools.pairwise(clock)], clock[-1] - clock[0]
+        total = sum(seconds)
         memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
         row = [step, loss, reward, v_star, reward - v_star, logratio, kl, length, cut, norm]
         row += [args.lr, gap, *seconds, total, length * len(responses) / total, memory / 2**30]
@@ -438,7 +418,7 @@ def train(args: Namespace, header: dict, prompts: list[dict], questions: list[di
 
 def main() -> None:
     """Check, launch, train."""
-    args = parse_args()
+    args = parser.parse_args()
     checked = check(args)
     problems.launch(args.tensor_parallel_size)
     train(args, *checked)

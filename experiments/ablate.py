@@ -51,7 +51,6 @@ from experiments.compare import all_seconds, cell, finish, first_reach, grid_of,
 
 NUM_SAMPLES = 32  # of the one values file
 PROBE_EVERY, PARTS = 3, 16  # steps between probes of the gradient, and parts of a rollout
-VALUES = ("header", "prompts", "sha256")  # what a values file has
 BASELINES = ("v_star", "zero", "running", "probe")
 
 
@@ -171,7 +170,7 @@ def other_values(offline: Any, running: float) -> dict[str, list[float]]:
 def put(responses: list[dict], values: list[float]) -> None:
     """Put values in V*'s place, in the rollout itself, so that the log shows them."""
     for response, value in zip(responses, values, strict=True):
-        response["prompt"] = response["prompt"] | {"v_star": value}
+        response["v_star"] = value
 
 
 def with_baseline(baseline: str) -> Callable:
@@ -190,10 +189,10 @@ def with_baseline(baseline: str) -> Callable:
         state["step"] += 1
         rewards = [response["reward"] for response in responses]
         if state["running"] is None:
-            offline = (statistics.fmean(r["prompt"]["rewards"]) for r in responses)
+            offline = (statistics.fmean(r["rewards"]) for r in responses)
             state["running"] = statistics.fmean(offline)
         if baseline == "probe":
-            offline = torch.tensor([r["prompt"]["rewards"] for r in responses], dtype=torch.float64)
+            offline = torch.tensor([r["rewards"] for r in responses], dtype=torch.float64)
             values_of = other_values(offline, state["running"])
             if state["step"] % PROBE_EVERY == 1 and len(responses) >= PARTS:
                 told = {"step": state["step"]}
@@ -235,7 +234,7 @@ def fewer_samples(path: Path, to: Path, num_samples: int) -> None:
 
     import losses
 
-    values = problems.read_json(path, *VALUES)
+    values = problems.read_json(path, ours=True)
     header, prompts, kept = values["header"], values["prompts"], slice(num_samples)
     rewards = torch.tensor([p["rewards"][kept] for p in prompts], dtype=torch.float64)
     v_star = losses.optimal_value(rewards, header["beta1"]).tolist()

@@ -191,12 +191,12 @@ def pair_updates(responses: list[dict], args: argparse.Namespace) -> list[list]:
     size = len(responses) // args.updates_per_batch
     for start in range(0, len(responses), size):
         update = responses[start : start + size]
-        lengths = [len(r["prompt"]["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
+        lengths = [len(r["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
         both = [sum(lengths[i : i + 2]) for i in range(0, size, 2)]
         batches = []
         for hand in losses.deal(both, world, args.micro_batch_tokens)[rank]:
             chosen = [update[2 * i + k] for i in hand for k in (0, 1)] or update[:2]
-            ids = [r["prompt"]["prompt_ids"] for r in chosen], [r["ids"] for r in chosen]
+            ids = [r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen]
             inputs, counts = losses.pack(*ids)
             device = train_online.DEVICE
             rewards = torch.tensor([r["reward"] for r in chosen], device=device)
@@ -379,7 +379,7 @@ def train_with(learn: Callable, flags: list[str], module: str, **named: str) -> 
     """
     again = ["-m", module, *sys.argv[1:]]
     sys.argv = [sys.argv[0], *flags]
-    args = train_online.parse_args()
+    args = train_online.parser.parse_args()
     vars(args).update(named)
     n, method = args.samples_per_prompt, named.get("method")
     if (method == "grpo" and n < 2) or (method == "rebel" and n != 2):
@@ -399,7 +399,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, required=True, help="what to train with")
     if {"-h", "--help"} & set(sys.argv):
         parser.print_help()
-        train_online.parse_args()  # prints its own, and exits
+        train_online.parser.parse_args()  # prints its own, and exits
     chosen, flags = parser.parse_known_args()
     learn, group = METHODS[chosen.method]
     flags = ["--samples-per-prompt", str(group), *flags]

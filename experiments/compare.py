@@ -440,7 +440,7 @@ def prepare(args: argparse.Namespace) -> None:
             float(rate)
     if not Path(args.values).exists():
         raise problems.UserError(f"there is no {args.values}: `make demo` makes it, or stage 1")
-    values = problems.read_json(args.values, "header", "prompts", "sha256")
+    values = problems.read_json(args.values, ours=True)
     args.header, prompts = values["header"], values["prompts"]
     problems.load_problems(args.test, "test")
     if args.model and args.model != args.header["model"]:

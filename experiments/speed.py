@@ -514,7 +514,7 @@ def measure_steps(bench: Bench, tell: Callable[[str], None]) -> dict:
         (seconds, peak), (bare, _) = watch.slowest(), least.slowest()
         if number > 1:
             real, floor = [*real, seconds], [*floor, bare]
-            lengths += [(len(r["prompt"]["prompt_ids"]), len(r["ids"])) for r in responses]
+            lengths += [(len(r["prompt_ids"]), len(r["ids"])) for r in responses]
             peaks = {phase: max(peaks[phase], peak[phase]) for phase in PHASES}
             peaks = Counter(peaks)
     rows = medians(real, floor)
@@ -582,8 +582,8 @@ def padding(lengths: list[int], prompt: int, num_ranks: int, budget: int) -> dic
     As train_online.micro_batches packs them, micro-batches of share 0 included.
     """
     args = argparse.Namespace(micro_batch_tokens=budget, temperature=1.0)
-    kept = {"prompt_ids": [0] * prompt, "v_star": 0.0}
-    update = [{"prompt": kept, "ids": [0] * n, "reward": 0.0, "sampler_logp": []} for n in lengths]
+    kept = {"prompt_ids": [0] * prompt, "v_star": 0.0, "reward": 0.0, "sampler_logp": []}
+    update = [kept | {"ids": [0] * n} for n in lengths]
     through, real = [], sum(prompt + n - 1 for n in lengths)
     for rank in range(num_ranks):
         with (

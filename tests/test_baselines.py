@@ -204,8 +204,7 @@ def rollout(samples_per_prompt: int) -> list[dict]:
 
     prompts = [{"prompt_ids": tokens(6), "v_star": 0.25} for _ in range(8)]
     asked = [p for p in prompts for _ in range(samples_per_prompt)]
-    responses = [{"prompt": p, "ids": tokens(10), "reward": float(i % 5 == 0)}
-                 for i, p in enumerate(asked)]  # fmt: skip
+    responses = [p | {"ids": tokens(10), "reward": float(i % 5 == 0)} for i, p in enumerate(asked)]
     return [r | {"sampler_logp": [-3.0] * len(r["ids"])} for r in responses]
 
 
@@ -298,7 +297,7 @@ def test_rebels_step_is_the_pair_gradient(group, folder):
     responses = rollout(2)
     for one, two in zip(responses[::2], responses[1::2], strict=True):
         for sign, r in ((1, one), (-1, two)):
-            ids = torch.tensor([r["prompt"]["prompt_ids"] + r["ids"]])
+            ids = torch.tensor([r["prompt_ids"] + r["ids"]])
             logp = lm(input_ids=ids).logits[0].log_softmax(-1)
             n = len(r["ids"])
             chosen = logp[-n - 1 : -1].gather(1, torch.tensor(r["ids"])[:, None]).sum()
@@ -458,7 +457,7 @@ def test_fewer_samples_are_the_first_ones(tmp_path):
     prompts = [{"id": "a", "rewards": [1.0, 0.0, 0.0], "lengths": [3, 4, 5], "v_star": 9.0}]
     problems.write_json(source, {"header": {"beta1": 0.5}, "prompts": prompts})
     ablate.fewer_samples(source, to, 2)
-    told = problems.read_json(to, *ablate.VALUES)
+    told = problems.read_json(to, ours=True)
     [prompt] = told["prompts"]
     assert prompt["rewards"] == [1.0, 0.0] and prompt["lengths"] == [3, 4]
     assert prompt["v_star"] == pytest.approx(0.5 * math.log((math.exp(2) + 1) / 2))

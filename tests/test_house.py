@@ -51,9 +51,9 @@ def test_code_lines_are_counted_as_the_design_counts():
     assert code_lines(source) == 4
 
 
-# The goal is under 1,000 lines of code and at most 450 lines a file, all in. It is not reached yet:
-# problems.py holds the reward's cases beside what the stages share. Lower these, never raise them.
-MOST_CODE, MOST_ALL_IN = 1_055, {"problems.py": 702}
+# At most 450 lines a file, all in, but for problems.py, which holds the reward's cases beside what
+# the stages share. Lower these, never raise them.
+MOST_CODE, MOST_ALL_IN = 999, {"problems.py": 702}
 
 
 def test_five_files_do_not_outgrow_their_size():

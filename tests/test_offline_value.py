@@ -102,7 +102,7 @@ def test_killed_on_two_ranks_and_continued_on_one_gives_the_same_file(
     process = spawn(*torchrun(2), "offline_value.py", *arguments, "--out", out)
 
     def lines() -> list[int]:
-        return [p.read_bytes().count(b'"reward"') for p in tmp_path.glob("*.partial-*")]
+        return [p.read_bytes().count(b'"reward"') for p in tmp_path.glob("*.partial/*.jsonl")]
 
     try:
         wait_until(lambda: len(lines()) == 2 and min(lines()) >= 5, process)
@@ -112,13 +112,13 @@ def test_killed_on_two_ranks_and_continued_on_one_gives_the_same_file(
         assert not out.exists() and drawn < NUM_PROMPTS * NUM_VALUE_SAMPLES, (
             "killed too late: test nothing"
         )
-        before = {p: p.read_bytes() for p in tmp_path.glob("*.partial-*")}
+        before = {p: p.read_bytes() for p in tmp_path.glob("*.partial/*")}
         other = run("offline_value.py", *arguments, "--out", out, "--temperature", "0.5")
         assert other.code == 2 and "temperature" in other.err, other.all
-        assert before == {p: p.read_bytes() for p in tmp_path.glob("*.partial-*")}
+        assert before == {p: p.read_bytes() for p in tmp_path.glob("*.partial/*")}
     finally:
         kill(process)
-    with open(next(iter(before)), "a") as torn:
+    with open(next(tmp_path.glob("*.partial/*.jsonl")), "a") as torn:
         torn.write('\n12345678 {"id": "p0", "sam')  # what a power cut leaves
     again = run("offline_value.py", *arguments, "--out", out)
     assert again.code == 0, again.all
