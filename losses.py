@@ -134,11 +134,11 @@ def packed_attention(module, query, key, value, mask, *, cu_seq_lens_q, max_leng
         return varlen_attn(*qkv, *bounds, **options)[None], None
     # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
     # One sequence after another is faster where lengths differ much, slower where they are alike.
-    real = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
-    qkv = (x.new_zeros(real.shape + x.shape[1:]).index_put((real,), x).transpose(1, 2) for x in qkv)
+    own = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
+    qkv = (x.new_zeros(own.shape + x.shape[1:]).index_put_((own,), x).transpose(1, 2) for x in qkv)
     options = {"is_causal": True, "enable_gqa": True, "scale": more.get("scaling")}
     out = torch.nn.functional.scaled_dot_product_attention(*qkv, **options)
-    return out.transpose(1, 2)[real][None], None
+    return out.transpose(1, 2)[own][None], None
 
 
 def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float):
