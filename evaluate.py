@@ -99,7 +99,7 @@ def main() -> None:
         if name in sets:
             raise problems.UserError(f"two benchmarks are called {name}: give each its own --out")
         sets[name] = rows, {"rows_sha256": problems.content_sha256({"rows": rows})}
-    # of a prompt that is longer its end is asked
+    # in tokens; of a longer prompt the end is asked
     longest = min(4096, problems.context_length(args.model) - args.max_tokens)
     if longest < 1:
         raise problems.UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no prompt")
@@ -108,6 +108,7 @@ def main() -> None:
 
     header = problems.identify(args, "benchmarks", "grade")
     done = problems.left_by(out / "summary.json", header).get("benchmarks", {})
+    # what is done is compared with its file, and is not sampled again
     for name in sets.keys() & done.keys():
         ours = sets.pop(name)[1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
         problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
@@ -115,14 +116,14 @@ def main() -> None:
     for name, (rows, identity) in sets.items():
         problems.write_prompts(rows, llm, args, longest)
         n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
-        how = {"temperature": args.temperature, "top_p": args.top_p}
-        how |= {"temperature": float(n > 1)} if args.temperature is None else {}
+        heat = float(n > 1) if args.temperature is None else args.temperature
+        how = {"temperature": heat, "top_p": args.top_p}
         records = problems.sample_all(llm, rows, n, file, header | identity, args, **how)
         if dist.get_rank() == 0:
             problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
             done[name] = score(records) | identity | {"samples_sha256": problems.file_sha256(file)}
             problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
-            shutil.rmtree(f"{file}.partial", ignore_errors=True)  # NFS keeps what is open
+            shutil.rmtree(f"{file}.partial", ignore_errors=True)  # NFS may keep an empty one
         dist.barrier()
     if dist.get_rank() == 0:
         print(table(done), "grading:", problems.grading_counts, sep="\n")

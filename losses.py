@@ -78,6 +78,7 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     Response b owns the lengths[b] entries after those of the responses before it. Lengths rather
     than `token != pad` say what belongs to it: in many base models pad is EOS.
     """
+    assert token_logp.ndim == 1, f"need token_logp (R,), not {tuple(token_logp.shape)}"
     # Not index_add: its order of addition is not fixed on a GPU, and pi / pi_ref would not be 1.
     return torch.stack([part.sum() for part in token_logp.float().split(lengths.tolist())])
 
@@ -119,7 +120,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict, Te
     return inputs, torch.tensor([len(y) for y in responses])
 
 
-def packed_attention(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, **more):
+def packed_attention(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, scaling, **_):
     """Causal attention inside each packed sequence, as transformers calls it.
 
     (1, heads, T, dim) -> (1, T, heads, dim). Being causal must be asked for, varlen_attn's default
@@ -130,18 +131,19 @@ def packed_attention(module, query, key, value, mask, *, cu_seq_lens_q, max_leng
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        options = {"window_size": (-1, 0), "enable_gqa": True, "scale": more.get("scaling")}
+        options = {"window_size": (-1, 0), "enable_gqa": True, "scale": scaling}
         return varlen_attn(*qkv, *bounds, **options)[None], None
     # No such kernel on the CPU: pad, for attention alone, at the end, where no causal mask looks.
     # One sequence after another is faster where lengths differ much, slower where they are alike.
     own = torch.arange(max_length_q) < cu_seq_lens_q.diff()[:, None]  # (B, longest)
-    qkv = (x.new_zeros(own.shape + x.shape[1:]).index_put_((own,), x).transpose(1, 2) for x in qkv)
-    options = {"is_causal": True, "enable_gqa": True, "scale": more.get("scaling")}
+    qkv = [x.new_zeros(own.shape + x.shape[1:]).index_put_((own,), x).transpose(1, 2) for x in qkv]
+    options = {"is_causal": True, "enable_gqa": True, "scale": scaling}
     out = torch.nn.functional.scaled_dot_product_attention(*qkv, **options)
     return out.transpose(1, 2)[own][None], None
 
 
-def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float):
+def a_star_po_loss(logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor,
+                   beta2: float) -> Tensor:  # fmt: skip
     """Eq. (3): mean of (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,) -> ().
 
     Sums over tokens, not means; no importance ratio, clipping or normalisation. At the published

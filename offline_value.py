@@ -3,7 +3,7 @@
     python offline_value.py --model Qwen/Qwen2.5-1.5B --dataset math --out values/math.json
 
 Raw rewards are saved beside V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)), so that another
-beta1 or a smaller N needs no GPU. Graded responses go to OUT.partial-RANK as they finish: killed
+beta1 or a smaller N needs no GPU. Graded responses go to OUT.partial/ as they finish: killed
 and started again with the same arguments, stage 1 samples only what is missing.
 """
 
@@ -58,21 +58,20 @@ def main() -> None:
     problems.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     import torch
-    from torch import distributed as dist
 
     from losses import optimal_value
 
     out, n = Path(args.out), args.num_value_samples
     identity = problems.identify(args) | {"dataset_sha256": problems.content_sha256({"rows": rows})}
     if values := problems.left_by(out, identity):
-        return print(summary(**values)) if dist.get_rank() == 0 else None
+        return print(summary(**values)) if torch.distributed.get_rank() == 0 else None
     llm = problems.start_engine(args, args.max_prompt_tokens)
     problems.write_prompts(rows, llm, args)
     fit = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     if not fit:
         raise problems.UserError(f"no prompt fits --max-prompt-tokens {args.max_prompt_tokens}")
     drawn = problems.sample_all(llm, fit, n, out, identity, args, temperature=args.temperature)
-    if dist.get_rank() == 0:
+    if torch.distributed.get_rank() == 0:
         rewards = torch.tensor([s["reward"] for s in drawn], dtype=torch.float64).view(-1, n)
         v_star, prompts = optimal_value(rewards, args.beta1), []
         seconds = time.perf_counter() - start
@@ -90,9 +89,9 @@ def main() -> None:
             "mean_v_star": v_star.mean().item(), "pass_at_1": (rewards > 0).double().mean().item(),
             "pass_at_n": (rewards > 0).any(dim=1).double().mean().item()}  # fmt: skip
         problems.write_json(out, {"header": header, "prompts": prompts})
-        shutil.rmtree(f"{out}.partial", ignore_errors=True)  # NFS keeps what is open
+        shutil.rmtree(f"{out}.partial", ignore_errors=True)  # NFS may keep an empty one
         print(summary(header, prompts))
-    dist.barrier()
+    torch.distributed.barrier()
     llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
 
 

@@ -399,7 +399,6 @@ def _ask_worker(line: str, retry: bool = True) -> float:
 # ---------------------------------------------------------------------------------------------
 # 5. What all stages agree on beside the task
 
-
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -425,8 +424,8 @@ def run(main: Callable[[], None]) -> None:
 
 # A lone rank takes any free port. A CPU engine takes all cores, not one, and 1 GiB.
 ALONE = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0"
-UNLESS_SET = """VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
-VLLM_LOGGING_LEVEL=ERROR HF_HUB_DISABLE_PROGRESS_BARS=1"""
+UNLESS_SET = dict(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1",
+                  VLLM_LOGGING_LEVEL="ERROR", HF_HUB_DISABLE_PROGRESS_BARS="1")  # fmt: skip
 
 
 def launch(tensor_parallel_size: int = 1) -> None:
@@ -435,7 +434,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
     With two or more GPUs the command runs again under torchrun and exits as that does; with one or
     none it never does. Started by torchrun, it joins. To be called when all that can be checked is.
     """
-    os.environ |= dict(setting.split("=") for setting in UNLESS_SET.split()) | os.environ
+    os.environ |= UNLESS_SET | os.environ  # what the user has set stays
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
@@ -483,7 +482,7 @@ def start_engine(args: Namespace, longest_prompt: int, **options: Any) -> Any:
         return LLM(str(model_folder(args.model)), **options)
 
 
-def sample(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> Iterator:
+def sample(llm: Any, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> Iterator[tuple]:
     """Answer this engine's share of jobs (row, sampling parameters); yields (place, response).
 
     A row has "prompt_ids" and "answer". A response is {"ids" (EOS included), "output" (as text),
@@ -494,8 +493,7 @@ def sample(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> Itera
     engine has one rank; `lap` is called when only grades are awaited.
     """
     from torch import distributed as dist
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     engine, tokenizer, waiting = llm.llm_engine, llm.get_tokenizer(), []
     alike = {"max_tokens": args.max_tokens, "output_kind": RequestOutputKind.FINAL_ONLY}
@@ -511,7 +509,7 @@ def sample(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> Itera
             drawn = {"ids": list(done.token_ids), "finished": done.finish_reason == "stop"}
             drawn["output"] = tokenizer.decode(drawn["ids"], skip_special_tokens=True)
             drawn["sampler_logp"] = list(done.logprobs.logprobs) if done.logprobs else []
-            said = drawn["output"] * drawn["finished"]  # "" if it is not
+            said = drawn["output"] if drawn["finished"] else ""
             waiting.append((i, drawn, submit(said, jobs[i][0]["answer"])))
         while waiting and waiting[0][2].done():
             i, drawn, grade = waiting.pop(0)
@@ -531,12 +529,13 @@ def sample_all(llm, rows: list, n: int, out: Path, identity: dict, args, **param
     from tqdm import tqdm
 
     rank, world, folder = dist.get_rank(), dist.get_world_size(), Path(f"{out}.partial")
-    partial = lock(folder / f"{rank}.jsonl")
-    if rank == 0:  # whose identity counts, should nodes have other files
-        left_by(folder / "identity.json", identity)
-        write_json(folder / "identity.json", identity)
-    had = read_partial(folder)
+    dist.broadcast_object_list(box := [identity])  # rank 0's, should nodes have other files
+    partial, whose = lock(folder / f"{rank}.jsonl"), content_sha256(box[0])
+    left_by(folder / "identity.json", box[0])
+    had = read_partial(folder, whose)
     dist.barrier()  # all have read before one writes
+    if rank == 0:
+        write_json(folder / "identity.json", box[0])
     jobs = [(row | {"sample": i}, params | {"seed": response_seed(args.seed, 0, row["id"], i)})
             for row in rows for i in range(n) if (row["id"], i) not in had]  # fmt: skip
     share = -(-len(jobs) * args.tensor_parallel_size // world)  # rounded up
@@ -545,19 +544,19 @@ def sample_all(llm, rows: list, n: int, out: Path, identity: dict, args, **param
     with tqdm(sample(llm, jobs, args), total=share, unit=" responses", disable=rank > 0) as bar:
         for i, drawn in bar:
             known = jobs[i][0] | drawn | {"tokens": len(drawn["ids"])}
-            text = json.dumps({key: known[key] for key in kept})  # its hash shows a torn line
+            text = json.dumps({key: known[key] for key in kept})
             with explain(f"cannot write {partial.name}", OSError):
-                print(f"\n{sha256(text)} {text}", end="", file=partial, flush=True)
+                print(f"\n{sha256(whose + text)} {text}", end="", file=partial, flush=True)
     dist.barrier()
-    had = read_partial(folder)
+    had = read_partial(folder, whose)
     dist.barrier()  # all have read before the caller deletes
     return [had[row["id"], i] for row in rows for i in range(n)]
 
 
-def read_partial(folder: Path) -> dict[tuple[str, int], dict]:
-    """Read the whole records of every rank, by id and sample."""
+def read_partial(folder: Path, whose: str) -> dict[tuple[str, int], dict]:
+    """Read every rank's records by id and sample; torn ones and other runs' fail their hash."""
     lines = "\n".join(p.read_text("utf-8", "replace") for p in folder.glob("*.jsonl")).split("\n")
-    whole = [json.loads(line[65:]) for line in lines if line[:64] == sha256(line[65:])]
+    whole = [json.loads(line[65:]) for line in lines if line[:64] == sha256(whose + line[65:])]
     return {(record["id"], record["sample"]): record for record in whole}
 
 
@@ -569,9 +568,9 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
 def command_line(about: str, engine_share: float) -> ArgumentParser:
     """Begin a script's command line: what it is about, and the flags that all stages share."""
     parser = ArgumentParser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
-    add, share = parser.add_argument, "the engine's share of a GPU"
-    add("--seed", type=int, default=0, help="of sampling, and of the order of training")
-    add("--gpu-memory-utilization", type=float, default=engine_share, help=share)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of sampling; in stage 2 of the order of prompts, too")
+    add("--gpu-memory-utilization", type=float, default=engine_share, help="the engine's share")
     add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
     return parser
 
@@ -626,8 +625,9 @@ def read_json(path: str | Path, ours: bool = False) -> dict:
 
 def left_by(path: Path, identity: dict) -> dict:
     """Read what an earlier run left at `path`, {} if none; UserError if it was not `identity`'s."""
-    if document := read_json(path, ours=True) if path.exists() else {}:
-        refuse_difference(str(path), document.get("header", document), identity)
+    document = read_json(path, ours=True) if path.exists() else {}
+    what = f"{path} (give another --out, or remove it)"
+    refuse_difference(what, document.get("header", document), identity if document else {})
     return document
 
 
@@ -686,7 +686,7 @@ def lock(path: Path) -> TextIO:
     """Open `path` for appending, for this process alone; UserError if another has it."""
     with explain(f"cannot write {path}; if another run does, wait or give another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held as long as it is open)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 

@@ -79,6 +79,7 @@ def check(args: Namespace) -> tuple[list[dict], list[dict]]:
     with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
         header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
         given = {k: v for k, v in vars(args).items() if k in FROM_HEADER and v is not None}
+        # with the hashes of model and values, which `open_run` and --resume compare
         vars(args).update({k: header[k] for k in (*FROM_HEADER, "model_sha256", "values_sha256")})
         rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
         v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"])
@@ -89,7 +90,7 @@ def check(args: Namespace) -> tuple[list[dict], list[dict]]:
     given["prompt_template"] = problems.PROMPT_TEMPLATE
     problems.refuse_difference(args.values, header, given)
     problems.check_context(args)
-    prompts = [p for p in prompts if max(p["rewards"]) > 0 or not args.filter_unsolved]
+    prompts = [p for p in prompts if not args.filter_unsolved or max(p["rewards"]) > 0]
     if len(prompts) < args.batch_size:
         left = f"{args.values}: {len(prompts)} prompts{' ever solved' * args.filter_unsolved}"
         raise problems.UserError(f"{left}, fewer than --batch-size {args.batch_size}")
@@ -125,7 +126,8 @@ def rollout(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> tupl
     """Answer and grade jobs, the engines sharing the work; collective.
 
     Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
-    the responses of `problems.sample`, in order and each with its prompt's fields.
+    the responses of `problems.sample`, in order and each with its prompt's fields, among which
+    "rewards", "lengths" and "truncated" are of stage 1's samples.
     """
     mine = dict(problems.sample(llm, jobs, args, stop, lap))
     dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), mine))
@@ -196,8 +198,8 @@ WHOLE = dcp.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
 def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespace) -> None:
     """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
 
-    float32 weights and, in trainer.pt, AdamW's state, and the log so far; without an optimiser the
-    finished model alone, in bf16 on GPUs. Data order and seeds follow from the step.
+    float32 weights, AdamW's state in trainer.pt, the log so far in metrics.jsonl; without an
+    optimiser the finished model alone, in bf16 on GPUs. Data order and seeds follow from the step.
     Written beside, hashed into manifest.json, flushed, renamed; what a kill leaves unfinished goes
     with the next save.
     """
@@ -210,7 +212,7 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespac
         with problems.explain(f"cannot write {folder}", OSError):
             shutil.rmtree(beside, ignore_errors=True)
             reference, its = problems.model_folder(args.model), ("*.safetensors*", "*.bin", "*.pt")
-            skip = shutil.ignore_patterns(*its, "config.json", "manifest.json")
+            skip = shutil.ignore_patterns(*its, "config.json", "manifest.json", "metrics.jsonl")
             shutil.copytree(reference, beside, ignore=skip)
             config = problems.read_json(reference / "config.json") | {"dtype": str(dtype)[6:]}
             (beside / "config.json").write_text(json.dumps(config, indent=2))
@@ -259,9 +261,9 @@ def open_run(args: Namespace) -> tuple[TextIO, int | None]:
             print(f"{folder} is damaged, now damaged-*; trying the one before", file=sys.stderr)
             folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
     problems.write_json(out / "config.json", vars(args) | identity)
+    told = (out / "checkpoints" / f"step-{step}" / "metrics.jsonl").read_text() if step else ""
     metrics.truncate(0)  # the steps after the checkpoint run, and are told, again
-    if step:
-        shutil.copy(folder / "metrics.jsonl", out)
+    print(told, end="", file=metrics, flush=True)
     return metrics, step
 
 
@@ -278,9 +280,9 @@ def micro_batches(update: list[dict], args: Namespace) -> list[Namespace]:
         batch = {"rewards": [r["reward"] for r in chosen], "v_star": [r["v_star"] for r in chosen],
                  "sampler_logp": [x for r in chosen for x in r["sampler_logp"]]}  # fmt: skip
         batch = {name: torch.tensor(x, device=DEVICE) for name, x in batch.items()}
-        inputs, lengths = losses.pack([r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen])
-        # FSDP moves the inputs
-        batch |= {"inputs": inputs | {"temperature": args.temperature}, "lengths": lengths}
+        inputs, counts = losses.pack([r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen])
+        # FSDP moves the inputs to the GPU; the responses' lengths are read here
+        batch |= {"inputs": inputs | {"temperature": args.temperature}, "lengths": counts}
         batches.append(Namespace(**batch, share=len(hand) / len(update)))
     return batches
 
@@ -292,7 +294,7 @@ def least_squares(policy: Policy, ref: Policy, optimizer, responses: list, args:
     are of the first update, before it moves the weights: there pi still is what sampled.
     """
     # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
-    size = len(responses) // args.updates_per_batch
+    size, beta2 = len(responses) // args.updates_per_batch, args.beta2
     updates = [micro_batches(responses[i : i + size], args) for i in range(0, len(responses), size)]
     with torch.no_grad():
         for batch in [batch for update in updates for batch in update]:
@@ -304,8 +306,7 @@ def least_squares(policy: Policy, ref: Policy, optimizer, responses: list, args:
         for batch in update:
             token_logp = policy(**batch.inputs)
             logp = losses.sequence_logprob(token_logp, batch.lengths)
-            goal = (batch.ref_logp, batch.rewards, batch.v_star)
-            loss = losses.a_star_po_loss(logp, *goal, args.beta2)
+            loss = losses.a_star_po_loss(logp, batch.ref_logp, batch.rewards, batch.v_star, beta2)
             # FSDP takes the mean over the ranks
             (loss * batch.share * dist.get_world_size()).backward()
             sums[0] += loss.detach() * batch.share / len(updates)
@@ -340,8 +341,8 @@ def train(args: Namespace, prompts: list, questions: list, learn: Callable = lea
     options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
     llm = problems.start_engine(args, args.max_prompt_tokens, enable_sleep_mode=ON_GPU, **options)
     # Shard inside a node, replicate across them.
-    shape, names = (nodes, world // nodes)[nodes == 1 :], ("replicate", "shard")[nodes == 1 :]
-    mesh = dist.init_device_mesh(DEVICE, shape, mesh_dim_names=names)
+    dims = ({"replicate": nodes} if nodes > 1 else {}) | {"shard": world // nodes}
+    mesh = dist.init_device_mesh(DEVICE, tuple(dims.values()), mesh_dim_names=tuple(dims))
     reference = problems.model_folder(args.model)
     start = out / "checkpoints" / f"step-{done}" if done else reference
     policy = load_policy(start, mesh, torch.float32)
@@ -358,7 +359,7 @@ def train(args: Namespace, prompts: list, questions: list, learn: Callable = lea
     # Of what is longer, which a question of --eval-dataset may be, the end is asked.
     problems.write_prompts(questions + prompts, llm, args, args.max_prompt_tokens)
 
-    def lap() -> None:
+    def lap() -> None:  # tell the seconds since the last lap of this step
         torch.get_device_module(DEVICE).synchronize()
         seconds.append(time.perf_counter() - began - sum(seconds))
 

@@ -235,7 +235,8 @@ def fewer_samples(path: Path, to: Path, num_samples: int) -> None:
     import losses
 
     values = problems.read_json(path, ours=True)
-    header, prompts, kept = values["header"], values["prompts"], slice(num_samples)
+    with problems.explain(f"{path} is no values file"):
+        header, prompts, kept = values["header"], values["prompts"], slice(num_samples)
     rewards = torch.tensor([p["rewards"][kept] for p in prompts], dtype=torch.float64)
     v_star = losses.optimal_value(rewards, header["beta1"]).tolist()
     prompts = [p | {"rewards": p["rewards"][kept], "lengths": p["lengths"][kept], "v_star": value}

@@ -441,7 +441,8 @@ def prepare(args: argparse.Namespace) -> None:
     if not Path(args.values).exists():
         raise problems.UserError(f"there is no {args.values}: `make demo` makes it, or stage 1")
     values = problems.read_json(args.values, ours=True)
-    args.header, prompts = values["header"], values["prompts"]
+    with problems.explain(f"{args.values} is no values file"):
+        args.header, prompts = values["header"], values["prompts"]
     problems.load_problems(args.test, "test")
     if args.model and args.model != args.header["model"]:
         problems.refuse_difference(args.values, args.header, {"model": args.model})

@@ -12,9 +12,9 @@ Two times are told, both the sum of the two stages:
 
 whole   wall-clock of the processes, from start to exit: imports, loading, ours starting its engine
         twice, and saving the trained model; TRL has one process
-bare    start-up excluded. Ours: stage 1 from the moment its file of partial results appears until
-        that of the values, and `seconds_total` of all steps in metrics.jsonl. TRL: its stage 1, and
-        its steps. Neither has loading, saving or evaluation in it.
+bare    start-up excluded. Ours: stage 1 from the moment its folder of partial results appears
+        until the file of the values, and `seconds_total` of all steps in metrics.jsonl. TRL: its
+        stage 1, and its steps. Neither has loading, saving or evaluation in it.
 
 Accuracy is evaluate.py's, 8 samples to each test problem, for both and for the reference. Rounds
 have seeds of their own and alternate who goes first. Ratios are ours / TRL's, of times summed over
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
 def run(command: list, log: Path, awaited: Path | None = None) -> dict[str, float]:
     """Run a command to its end, its output to a log; wall and CPU seconds, and the load before.
 
-    `awaited`, if given, is a file whose first appearance is told too, as `appeared` (epoch).
+    `awaited`, if given, is a path whose first appearance is told too, as `appeared` (epoch).
     UserError with the log's end if it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def run_ours(args: argparse.Namespace, toy: Path, out: Path, seed: int, max_toke
     flags, values = common_flags(args, seed, max_tokens), out / "values.json"
     command = [sys.executable, "offline_value.py", "--model", toy / "reference", "--dataset"]
     command += [toy / "train.jsonl", *flags["stage1"], "--seed", seed, "--out", values]
-    stage1 = run(command, out / "stage1.log", out / "values.json.partial-0")
+    stage1 = run(command, out / "stage1.log", out / "values.json.partial")
     command = [sys.executable, "train_online.py", "--values", values, *flags["stage2"]]
     command += ["--updates-per-batch", 1, "--save-every", args.num_steps, "--out", out / "run"]
     stage2 = run(command, out / "stage2.log")

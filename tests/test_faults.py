@@ -116,13 +116,17 @@ def records(out: Path) -> list[tuple[str, str, int]]:
     for path in whole:
         rows = map(json.loads, path.read_text("utf-8").splitlines())
         found += [(path.stem, row["id"], row["sample"]) for row in rows]
-    for path in out.glob("*.partial/*.jsonl"):
-        lines = path.read_text("utf-8", "replace").split("\n")
-        good = [line[65:] for line in lines if line[:64] == problems.sha256(line[65:])]
-        if path.parent.with_suffix("") not in whole:
-            name = path.parent.name.split(".")[0]
-            found += [(name, row["id"], row["sample"]) for row in map(json.loads, good)]
+    for folder in out.glob("*.partial"):
+        if folder.with_suffix("") not in whole:
+            name = folder.name.split(".")[0]
+            found += [(name, *key) for key in problems.read_partial(folder, whose(folder))]
     return found
+
+
+def whose(folder: Path) -> str:
+    """The identity of a partial folder, hashed."""
+    path = folder / "identity.json"
+    return problems.read_json(path, ours=True)["sha256"] if path.exists() else ""
 
 
 def count_records(out: Path) -> int:
@@ -496,15 +500,15 @@ def partial(killed, tmp_path_factory) -> SimpleNamespace:
     dead = killed("evaluate", 1, "work").folder
     (left,) = dead.glob("*.partial")
     folder = shutil.copytree(left, tmp_path_factory.mktemp("partial") / left.name)
-    kept, whose = problems.read_partial(folder), folder / "identity.json"
+    kept, path = problems.read_partial(folder, whose(folder)), folder / "identity.json"
     assert len(kept) == len(records(folder.parent)) > 0
-    return SimpleNamespace(path=folder / "0.jsonl", whose=whose, records=kept)
+    return SimpleNamespace(path=folder / "0.jsonl", whose=path, records=kept)
 
 
 @pytest.mark.parametrize("how, number", cases(20))
 def test_damaged_partial_records_are_dropped_alone(how, number, partial):
     with damaged(partial.path, how, random.Random(f"partial/{how}/{number}")):
-        read = problems.read_partial(partial.path.parent)
+        read = problems.read_partial(partial.path.parent, whose(partial.path.parent))
         assert read.items() <= {**partial.records, **read}.items()
         assert all(partial.records[key] == record for key, record in read.items())
         lost = len(partial.records) - len(read)
@@ -523,6 +527,8 @@ def test_partial_files_belong_to_one_identity(partial):
             pytest.raises(UserError, match=r"identity\.json"),
         ):
             problems.left_by(partial.whose, identity)
+    # and where the identity is lost, or another's beside them, the records are nobody's
+    assert problems.read_partial(partial.path.parent, "0" * 64) == {}
 
 
 def test_the_corruption_cases_are_200():

@@ -315,6 +315,11 @@ def test_sequence_logprob_refuses_a_wrong_total(lengths: list[int]) -> None:
         losses.sequence_logprob(torch.zeros(6), torch.tensor(lengths, dtype=torch.int64))
 
 
+def test_sequence_logprob_refuses_a_column() -> None:
+    with pytest.raises(AssertionError, match=r"\(6, 1\)"):
+        losses.sequence_logprob(torch.zeros(6, 1), torch.tensor([2, 4]))
+
+
 # ---------------------------------------------------------------------------------------------
 # Dealing and packing
 
