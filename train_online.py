@@ -39,7 +39,7 @@ tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evalu
 ON_GPU = torch.cuda.is_available()
 DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
-# The published MATH run needs no flag; --help also tells those that all stages share.
+# The published MATH run needs no flag.
 parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.6)
 add = parser.add_argument
 add("--values", default="values/math.json", help="stage 1's file")
