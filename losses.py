@@ -46,6 +46,7 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature=1
     in memory: at V = 151,936 one float32 copy for 16,384 tokens would be 9.3 GiB. Float32 logits
     and result also for bf16 inputs, since the 8 bits of bf16 are off by up to 0.2 % of a logit.
     """
+    assert hidden.shape == (*targets.shape, weight.shape[1]), f"need hidden (R, D): {hidden.shape}"
 
     def head(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = _Float32Product.apply(hidden, weight) / temperature
@@ -78,7 +79,7 @@ def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     Response b owns the lengths[b] entries after those of the responses before it. Lengths rather
     than `token != pad` say what belongs to it: in many base models pad is EOS.
     """
-    assert token_logp.ndim == 1, f"need token_logp (R,), not {tuple(token_logp.shape)}"
+    assert token_logp.shape == (lengths.sum(),), f"lengths {lengths.tolist()}: {token_logp.shape}"
     # Not index_add: its order of addition is not fixed on a GPU, and pi / pi_ref would not be 1.
     return torch.stack([part.sum() for part in token_logp.float().split(lengths.tolist())])
 
@@ -164,7 +165,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     1 - C(n-c, k) / C(n, k), the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374),
     in exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
-    n, c = num_samples, num_correct
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"need 0 <= num_correct <= num_samples >= k >= 1, not {c}, {n} and {k}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(f"not k {k} of num_samples {num_samples}, num_correct {num_correct}")
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -271,7 +271,7 @@ def test_no_tokens_are_no_crash() -> None:
     + [((5, 4), (9, 4), shape) for shape in ((4,), (5, 1), (1, 5), ())],
 )
 def test_token_logprob_refuses_shapes(hidden: tuple, weight: tuple, targets: tuple) -> None:
-    with pytest.raises((ValueError, RuntimeError)):  # torch's own, which name the shapes
+    with pytest.raises(AssertionError, match="need hidden"):
         losses.token_logprob(
             torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64)
         )
@@ -311,12 +311,12 @@ def test_eos_counts_also_where_pad_is_eos() -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 2], [3, 4], [], [6, 1]])
 def test_sequence_logprob_refuses_a_wrong_total(lengths: list[int]) -> None:
-    with pytest.raises(RuntimeError, match="split_sizes to sum exactly"):
+    with pytest.raises(AssertionError, match="lengths"):
         losses.sequence_logprob(torch.zeros(6), torch.tensor(lengths, dtype=torch.int64))
 
 
 def test_sequence_logprob_refuses_a_column() -> None:
-    with pytest.raises(AssertionError, match=r"\(6, 1\)"):
+    with pytest.raises(AssertionError, match="lengths"):
         losses.sequence_logprob(torch.zeros(6, 1), torch.tensor([2, 4]))
 
 
