@@ -1,135 +1,382 @@
 """Stage 3: score a model on math benchmarks, mean@n and pass@k with standard errors.
 
-    python evaluate.py --model runs/math/final --benchmarks math500,amc23 --out results/math
-    python evaluate.py --grade results/math/math500.jsonl    # score saved outputs again, no model
-
-As in the paper, the large sets get one greedy answer to each problem; AMC, AIME and HMMT get 32
-samples at temperature 1. All samples are saved; a killed run continues if started again as it was.
+As in the paper, each problem of the large sets gets one greedy answer, and each of AMC, AIME and
+HMMT 32 samples at temperature 1. All samples are saved. If this is killed and started again with
+the same flags, it continues.
 """
 
+import argparse
+import dataclasses
 import json
-import shutil
 import statistics
-import sys
 from pathlib import Path
+from typing import Any
 
-import problems
+import apo  # noqa: F401, I001 - first, since it says what to do without the environment
+import torch
+
+from apo import command_line, engine, files, math_reward, problems
+from apo.files import UserError
+from apo.problems import PromptStyle
 from losses import pass_at_k
 
-SMALL = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")  # 30 or 40 problems each
+EXAMPLES = """examples:
+  python evaluate.py                                          the trained model of the MATH run
+  python evaluate.py --model Qwen/Qwen2.5-1.5B --out results/base
+  python evaluate.py --model runs/math/final --benchmarks amc23,aime24 --out results/small
+  python evaluate.py --grade results/math/math500.jsonl       score saved outputs again, no model
+"""
+# Sets of 30 or 40 problems: one answer to each would tell little.
+SMALL_BENCHMARKS = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")
+SAMPLES_OF_SMALL = 32
+LONGEST_PROMPT = 4096  # tokens; no benchmark has a longer one
 
-parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.9)
-add = parser.add_argument
-add("--model", default="runs/math/final", help="a folder or a hub id")
-add("--benchmarks", default="math500,minerva,olympiadbench,amc23", help="names or files")
-add("--num-samples", type=int, default=0, help="n per problem; 0: each benchmark's own")
-add("--temperature", type=float, help="None: 0, greedy, for one sample, else 1")
-add("--top-p", type=float, default=1.0, help="nucleus of sampling")
-add("--max-tokens", type=int, default=1024, help="longest response, in tokens")
-add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
-add("--out", default="results/math", help="folder of the samples and summary.json")
-add("--grade", help="score this file of outputs (answer, output[, finished, id]) instead")
-add("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the flags. The defaults are the published evaluation of the MATH run."""
+    parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
+    group = parser.add_argument_group("what to score")
+    group.add_argument("--model", default="runs/math/final", help="a folder or a hub id")
+    group.add_argument(
+        "--benchmarks",
+        default="math500,minerva,olympiadbench,amc23",
+        help="names and files, with commas between them; names: "
+        + ", ".join(sorted(n for n, d in problems.DATASETS.items() if "test" in d.splits)),
+    )
+    group.add_argument(
+        "--limit",
+        type=command_line.whole_number,
+        default=0,
+        help="use only the first so many problems of each; 0 uses all",
+    )
+    group.add_argument(
+        "--num-samples",
+        type=command_line.positive_integer,
+        help="samples per problem; by default 32 for AMC, AIME and HMMT and 1 for the others",
+    )
+    group.add_argument(
+        "--temperature",
+        type=command_line.temperature,
+        help="sampling temperature, 0 is greedy; by default 0 for one sample and 1 for more",
+    )
+    group.add_argument(
+        "--top-p",
+        type=command_line.fraction,
+        default=1.0,
+        help="sample from the most likely tokens that hold this share of the probability",
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=command_line.positive_integer,
+        help="longest response, in tokens; by default what the model was trained with, else 1024",
+    )
+    group.add_argument("--out", default="results/math", help="folder of samples and summary.json")
+    group.add_argument(
+        "--grade",
+        metavar="FILE",
+        help="score this file of saved outputs (answer, output and perhaps finished, id) instead",
+    )
+    command_line.add_prompt_flags(parser)
+    command_line.add_engine_flags(parser, gpu_share=0.9)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
 
 
 def score(records: list[dict]) -> dict:
-    """Sum up one benchmark's samples {"id", "reward", "answer", "output", "finished", "tokens"}.
+    """Sum up one benchmark's records {"id", "reward", "answer", "output", "finished", "tokens"}.
 
-    Fractions between 0 and 1. `mean` and pass@k are means over problems, `stderr` is over problems;
-    the rest is over samples. `mean_any_end` waives the rule that a response without EOS earns 0,
-    since base models ramble on.
+    Rates are fractions between 0 and 1. `mean` and pass@k are means over problems, and `stderr` is
+    the standard error over problems; the rest is over samples. `mean_any_end` waives the rule that
+    a response without EOS earns 0, since base models ramble on after the answer.
     """
-    by_problem, cut = {}, [r for r in records if not r["finished"]]
+    rewards_of = {}
     for record in records:
-        by_problem.setdefault(record["id"], []).append(record["reward"])
-    rewards, average = list(by_problem.values()), statistics.mean
-    means, n = [average(r) for r in rewards], min(map(len, rewards))
-    passed = {str(k): average(pass_at_k(len(r), sum(x > 0 for x in r), k) for r in rewards)
-              for k in sorted({2**i for i in range(n.bit_length())} | {n})}  # fmt: skip
-    any_end = problems.grade([r["output"] for r in cut], [r["answer"] for r in cut])
-    any_end += [r["reward"] for r in records if r["finished"]]
-    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    told = {"num_problems": len(means), "num_samples": n, "mean": average(means), "stderr": error}
-    told |= {"pass_at_k": passed, "tokens": average(r["tokens"] for r in records)}
-    return told | {"truncated": len(cut) / len(records), "mean_any_end": average(any_end)}
+        rewards_of.setdefault(record["id"], []).append(record["reward"])
+    problem_means = [statistics.mean(rewards) for rewards in rewards_of.values()]
+    stderr = 0.0
+    if len(problem_means) > 1:
+        stderr = statistics.stdev(problem_means) / len(problem_means) ** 0.5
+    num_samples = min(len(rewards) for rewards in rewards_of.values())
+
+    unfinished = [record for record in records if not record["finished"]]
+    rewards_any_end = [record["reward"] for record in records if record["finished"]]
+    rewards_any_end += grade_outputs(unfinished)
+    return {
+        "num_problems": len(rewards_of),
+        "num_samples": num_samples,
+        "mean": statistics.mean(problem_means),
+        "stderr": stderr,
+        "pass_at_k": pass_at_powers(list(rewards_of.values()), num_samples),
+        "tokens": statistics.mean(record["tokens"] for record in records),
+        "truncated": len(unfinished) / len(records),
+        "mean_any_end": statistics.mean(rewards_any_end),
+    }
 
 
-def table(benchmarks: dict[str, dict]) -> str:
-    """Lay the scores out for a person."""
-    lines = ["benchmark        problems   n    mean ±  s.e.  any end  truncated  tokens  pass@k"]
-    row = ("{:<16} {num_problems:>8} {num_samples:>3} {mean:>7.1%} ± {stderr:>5.1%} "
-           "{mean_any_end:>8.1%} {truncated:>10.1%} {tokens:>7.0f}  {}").format  # fmt: skip
-    for name, told in benchmarks.items():
-        passes = (f"@{k} {value:.1%}" for k, value in told["pass_at_k"].items())
-        lines.append(row(name, "  ".join(passes), **told))
-    return "\n".join(lines)
+def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, float]:
+    """Return pass@k, the mean over problems, for k = 1, 2, 4, ... and num_samples.
+
+    Example: n = 8 -> k = 1, 2, 4, 8. The keys are texts, as in JSON.
+    """
+    powers = {2**i for i in range(num_samples.bit_length())}
+    table = {}
+    for k in sorted(powers | {num_samples}):
+        values = []
+        for samples in rewards:
+            num_correct = sum(reward > 0 for reward in samples)
+            values.append(pass_at_k(len(samples), num_correct, k))
+        table[str(k)] = statistics.mean(values)
+    return table
+
+
+def grade_outputs(records: list[dict]) -> list[float]:
+    """Score outputs whatever their end; each record has its row under "row", or an answer."""
+    futures = []
+    for record in records:
+        row = record.get("row") or {"id": record["id"], "answer": record["answer"]}
+        futures.append(problems.submit_reward(record["output"], row))
+    return [future.result() for future in futures]
+
+
+def print_table(benchmarks: dict[str, dict]) -> None:
+    """Print one line for each benchmark."""
+    print("benchmark        problems   n    mean ±  s.e.  any end  truncated  tokens  pass@k")
+    for name, scores in benchmarks.items():
+        pass_at = "  ".join(f"@{k} {value:.1%}" for k, value in scores["pass_at_k"].items())
+        print(
+            f"{name:<16} {scores['num_problems']:>8} {scores['num_samples']:>3} "
+            f"{scores['mean']:>7.1%} ± {scores['stderr']:>5.1%} {scores['mean_any_end']:>8.1%} "
+            f"{scores['truncated']:>10.1%} {scores['tokens']:>7.0f}  {pass_at}"
+        )
 
 
 def grade_file(path: Path) -> dict:
     """Score saved outputs again; UserError unless every row has an answer and an output."""
-    rows, summary = problems.read_rows(path), path.with_name("summary.json")
-    if summary.exists():  # samples of ours: are they as they were saved?
-        saved = problems.read_json(summary, ours=True).get("benchmarks", {}).get(path.stem)
-        if saved and saved["samples_sha256"] != problems.file_sha256(path):
-            print(f"{path} is not as it was saved: damaged or edited", file=sys.stderr)
-    types = {"output": str, "finished": bool, "tokens": int, "id": str | int}
-    for i, row in enumerate(rows):
-        with problems.explain(f"{path}, row {i + 1}"):
-            rows[i] = {"id": f"row {i + 1}", "finished": True, "tokens": 0} | row
-            wrong = [key for key, kind in types.items() if not isinstance(rows[i].get(key), kind)]
-            if wrong or "answer" not in row:
-                raise TypeError(f"without a usable {wrong[0] if wrong else 'answer'}: {row!r:.60}")
-    problems.split_gradable(path, rows, "counts as wrong")
-    said = [row["output"] if row["finished"] else "" for row in rows]
-    rewards = problems.grade(said, [row["answer"] for row in rows])
-    return score([row | {"reward": r} for row, r in zip(rows, rewards, strict=True)])
+    records = []
+    for number, row in enumerate(problems.read_rows(path), start=1):
+        record = {"id": f"row {number}", "finished": True, "tokens": 0} | row
+        if not isinstance(record.get("output"), str):
+            raise UserError(f'{path}, row {number} has no text "output": {row!r:.60}')
+        if "answer" not in record:
+            raise UserError(f'{path}, row {number} has no "answer": {row!r:.60}')
+        if not isinstance(record["finished"], bool):
+            raise UserError(f'{path}, row {number}: "finished" is neither true nor false')
+        if type(record["tokens"]) not in (int, float):
+            raise UserError(f'{path}, row {number}: "tokens" is not a number')
+        if record["id"] is None:
+            record["id"] = f"row {number}"
+        record["_task"] = "math"
+        records.append(record)
+    _, reasons = problems.keep_gradable(str(path), records)
+    print_ungradable(reasons)
+    finished = [record for record in records if record["finished"]]
+    for record in records:
+        record["reward"] = 0.0
+    for record, reward in zip(finished, grade_outputs(finished), strict=True):
+        record["reward"] = reward
+    return score(records)
+
+
+def print_ungradable(reasons: list[str]) -> None:
+    """Name the rows whose answer cannot be graded; they stay in the score."""
+    for reason in reasons:
+        print(f"counted as wrong: {reason}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+def settings_of_run(model: str) -> dict:
+    """Return the config of the training run that made a model; {} for any other model.
+
+    The model is RUN/final or RUN/checkpoints/step-N, and RUN has config.json and metrics.jsonl.
+    """
+    for folder in Path(model).absolute().parents[:2]:
+        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+            return files.read_json(folder / "config.json")
+    return {}
+
+
+def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
+    """Decide on the prompt: by the flags if one is given, else as the model was trained."""
+    template = trained_with.get("prompt_template", problems.BOXED_TEMPLATE)
+    if args.chat_template or args.system_prompt or args.chat_template_kwargs:
+        return problems.prompt_style(
+            template, bool(args.chat_template), args.system_prompt, args.chat_template_kwargs
+        )
+    return PromptStyle(
+        template=template,
+        chat_template=trained_with.get("chat_template", False),
+        system_prompt=trained_with.get("system_prompt"),
+        chat_template_kwargs=trained_with.get("chat_template_kwargs"),
+    )
+
+
+def style_of_benchmark(style: PromptStyle, task: str, trained_with: dict) -> PromptStyle:
+    """Ask a benchmark with the template of training, if it has the reward of training."""
+    reward = trained_with.get("reward", problems.reward_name("math"))
+    if problems.reward_name(task) == reward:
+        return style
+    return dataclasses.replace(style, template=problems.DATASETS[task].template)
+
+
+def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
+    """Collect all that decides what is sampled, but for the benchmark itself."""
+    return {
+        "model": args.model,
+        "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
+        "num_samples": args.num_samples,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+        "seed": args.seed,
+        "prompt_template": style.template,
+        "chat_template": style.chat_template,
+        "system_prompt": style.system_prompt,
+        "chat_template_kwargs": style.chat_template_kwargs,
+    }
+
+
+def load_benchmarks(names: str, limit: int) -> tuple[dict[str, list[dict]], list[str]]:
+    """Load the benchmarks of --benchmarks, by the names of their results.
+
+    Returns the rows of each, and the rows that cannot be graded, with the reasons.
+    """
+    benchmarks = {}
+    ungradable = []
+    for name in names.split(","):
+        rows = problems.load_problems(name, "test")[: limit or None]
+        ungradable += problems.keep_gradable(name, rows)[1]
+        short_name = Path(name).stem if problems.is_file(name) else name
+        if short_name in benchmarks:
+            raise UserError(
+                f"two benchmarks are called {short_name}: score them apart, each with its own --out"
+            )
+        benchmarks[short_name] = rows
+    return benchmarks, ungradable
+
+
+def read_summary(out: Path, header: dict, digests: dict[str, str]) -> dict[str, dict]:
+    """Read the scores that an earlier run left in OUT; UserError if it was another run.
+
+    `digests` has a digest of each benchmark's rows. The model's path may have changed.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return {}
+    summary = files.read_json(path)
+    wanted = {name: value for name, value in header.items() if name != "model"}
+    what = f"{path} (give another --out, or remove it)"
+    files.refuse_difference(what, summary.get("header", {}), wanted)
+    done = summary.get("benchmarks", {})
+    for name in digests.keys() & done.keys():
+        files.refuse_difference(f"{name} in {what}", done[name], {"rows_digest": digests[name]})
+    return done
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def sample_benchmark(
+    llm: Any,
+    rows: list[dict],
+    style: PromptStyle,
+    longest_prompt: int,
+    path: Path,
+    identity: dict,
+    args: argparse.Namespace,
+) -> list[dict]:
+    """Sample a benchmark and score the responses. Of a longer prompt only the end is asked."""
+    num_samples = args.num_samples
+    if num_samples is None:
+        num_samples = SAMPLES_OF_SMALL if path.stem in SMALL_BENCHMARKS else 1
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.0 if num_samples == 1 else 1.0
+    prompts = []
+    for row in rows:
+        prompt = problems.make_prompt(row, style, llm.get_tokenizer())
+        prompt.ids = prompt.ids[-longest_prompt:]
+        prompts.append(prompt)
+    return engine.sample_all(
+        llm,
+        prompts,
+        num_samples,
+        path,
+        identity,
+        args.seed,
+        temperature,
+        args.max_tokens,
+        args.top_p,
+    )
+
+
+def save_benchmark(path: Path, records: list[dict], rows: list[dict]) -> dict:
+    """Save a benchmark's samples, and return its scores."""
+    lines = [json.dumps(record, default=str) + "\n" for record in records]
+    files.write_text(path, "".join(lines))
+    row_of = {row["id"]: row for row in rows}
+    return score([record | {"row": row_of[record["id"]]} for record in records])
 
 
 def main() -> None:
-    """Sample, grade, save, sum up."""
-    args = parser.parse_args()
-    problems.check_args(args, "num_samples", "limit", "temperature")
+    """Check, sample, score, save, print."""
+    args = make_parser().parse_args()
     if args.grade:
-        return print(table({Path(args.grade).stem: grade_file(Path(args.grade))}))
-    sets, out = {}, Path(args.out)
-    for name in args.benchmarks.split(","):
-        rows = problems.load_problems(name, "test")[: args.limit or None]
-        problems.split_gradable(name, rows, "counts as wrong")
-        name = Path(name).stem if Path(name).suffix else name
-        if name in sets:
-            raise problems.UserError(f"two benchmarks are called {name}: give each its own --out")
-        sets[name] = rows, {"rows_sha256": problems.content_sha256({"rows": rows})}
-    # in tokens; of a longer prompt the end is asked
-    longest = min(4096, problems.context_length(args.model) - args.max_tokens)
-    if longest < 1:
-        raise problems.UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no prompt")
-    problems.launch(args.tensor_parallel_size)
-    import torch.distributed as dist
+        print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
+        return
+    files.check_writable(args.out)
+    trained_with = settings_of_run(args.model)
+    if args.max_tokens is None:
+        args.max_tokens = trained_with.get("max_tokens", 1024)
+    style = base_style(args, trained_with)
+    benchmarks, ungradable = load_benchmarks(args.benchmarks, args.limit)
+    digests = {name: files.content_digest(rows) for name, rows in benchmarks.items()}
+    room = files.context_length(files.model_folder(args.model)) - args.max_tokens
+    longest_prompt = int(min(LONGEST_PROMPT, room))
+    if longest_prompt < 1:
+        raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
 
-    header = problems.identify(args, "benchmarks", "grade")
-    done = problems.left_by(out / "summary.json", header).get("benchmarks", {})
-    # what is done is compared with its file, and is not sampled again
-    for name in sets.keys() & done.keys():
-        ours = sets.pop(name)[1] | {"samples_sha256": problems.file_sha256(out / f"{name}.jsonl")}
-        problems.refuse_difference(f"{out / name}.jsonl", done[name], ours)
-    llm = problems.start_engine(args, longest) if sets else None
-    for name, (rows, identity) in sets.items():
-        problems.write_prompts(rows, llm, args, longest)
-        n, file = args.num_samples or (32 if name in SMALL else 1), out / f"{name}.jsonl"
-        heat = float(n > 1) if args.temperature is None else args.temperature
-        how = {"temperature": heat, "top_p": args.top_p}
-        records = problems.sample_all(llm, rows, n, file, header | identity, args, **how)
-        if dist.get_rank() == 0:
-            problems.write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
-            done[name] = score(records) | identity | {"samples_sha256": problems.file_sha256(file)}
-            problems.write_json(out / "summary.json", {"header": header, "benchmarks": done})
-            shutil.rmtree(f"{file}.partial", ignore_errors=True)  # NFS may keep an empty one
-        dist.barrier()
-    if dist.get_rank() == 0:
-        print(table(done), "grading:", problems.grading_counts, sep="\n")
-    if llm:
-        llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
+    engine.launch(args.tensor_parallel_size)
+    if torch.distributed.get_rank() == 0:
+        print_ungradable(ungradable)
+    out = Path(args.out)
+    header = make_header(args, style)
+    done = engine.on_rank_0(read_summary, out, header, digests)
+    missing = [name for name in benchmarks if name not in done]
+    if missing:
+        llm = engine.start_engine(
+            args.model,
+            longest_prompt + args.max_tokens,
+            args.seed,
+            args.gpu_memory_utilization,
+            args.tensor_parallel_size,
+        )
+    for name in missing:
+        rows = benchmarks[name]
+        path = out / f"{name}.jsonl"
+        benchmark_style = style_of_benchmark(style, rows[0]["_task"], trained_with)
+        benchmark_identity = {
+            "rows_digest": digests[name],
+            "prompt_template": benchmark_style.template,
+        }
+        identity = {k: v for k, v in header.items() if k != "model"} | benchmark_identity
+        records = sample_benchmark(llm, rows, benchmark_style, longest_prompt, path, identity, args)
+        if torch.distributed.get_rank() == 0:
+            done[name] = save_benchmark(path, records, rows) | benchmark_identity
+            files.write_json(out / "summary.json", {"header": header, "benchmarks": done})
+            engine.remove_partial(path)
+    if torch.distributed.get_rank() == 0:
+        print_table({name: done[name] for name in benchmarks})
+        print(f"grading: {math_reward.counts}")
+    if missing:
+        engine.stop_engine(llm)
 
 
 if __name__ == "__main__":
-    problems.run(main)
+    command_line.run(main)

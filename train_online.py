@@ -1,429 +1,644 @@
 """Stage 2: train the policy by least squares on r - V*, one response per prompt.
 
-The loop of `train` is the algorithm box, 1 to 6; `least_squares` is its steps 4 and 5. There is no
-critic, group, importance ratio, clipping or normalisation (README, details).
+The loop of `train` is the algorithm of the paper, in six numbered steps. There is no critic, no
+group of responses, no importance ratio, no clipping and no normalisation of rewards.
 
-    python train_online.py --values values/math.json --out runs/math     # all GPUs here, or the CPU
-    torchrun --nnodes 2 --nproc-per-node 8 [...] train_online.py [...]   # several nodes
+Start it as below, and it uses all GPUs of this machine, or the CPU if there is none. On several
+machines, start it on each with torchrun (see docs/hardware.md).
 """
 
+import argparse
 import contextlib
-import json
-import os
+import dataclasses
+import importlib
+import math
 import random
-import shutil
-import signal
+import resource
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict as dcp
+from torch import Tensor
 
+import apo  # noqa: F401 - first, since it says what to do without the environment
 import losses
-import problems
+from apo import command_line, engine, files, math_reward, problems
+from apo.engine import Request, Response
+from apo.files import UserError
+from apo.policy import (
+    COMPUTE_DTYPE,
+    DEVICE,
+    ON_GPU,
+    MicroBatch,
+    Policy,
+    add_ref_logp,
+    load_optimizer,
+    load_policy,
+    make_mesh,
+    make_micro_batches,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from apo.problems import Prompt
+from apo.run_folder import RunLog, open_run
+from apo.values import Values, load_values, make_prompts
 
-FROM_HEADER = ("model", "temperature", "max_prompt_tokens", "max_tokens", "chat_template")
-# What --resume may change: how long and on what a run runs, not what it computes.
-FREE_ON_RESUME = ("resume", "values", "num_steps", "save_every", "keep_checkpoints",
-                  "micro_batch_tokens", "gradient_checkpointing", "offload_ref")  # fmt: skip
-COLUMNS = """step loss reward v_star adv logratio kl_per_token response_tokens truncated grad_norm
-lr logprob_gap seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
-tokens_per_second peak_gib eval_accuracy"""  # the last only on steps that evaluate
-ON_GPU = torch.cuda.is_available()
-DEVICE, COMPUTE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
-
-# The published MATH run needs no flag.
-parser = problems.command_line(__doc__.splitlines()[0], engine_share=0.6)
-add = parser.add_argument
-add("--values", default="values/math.json", help="stage 1's file")
-add("--out", default="runs/math", help="folder of the run")
-add("--resume", action="store_true", help="continue from OUT's last whole checkpoint")
-add("--num-steps", type=int, default=725, help="rollouts")
-add("--batch-size", type=int, default=256, help="prompts per rollout")
-add("--samples-per-prompt", type=int, default=1, help="responses per prompt and rollout")
-add("--updates-per-batch", type=int, default=2, help="updates per rollout; 1 is on-policy")
-add("--beta1", type=float, help="recompute V* with this beta1; None: the values file's")
-add("--beta2", type=float, default=1e-3, help="strength of the KL term")
-add("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant")
-add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
-add("--save-every", type=int, default=50, help="steps between checkpoints")
-add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
-add("--eval-dataset", help="measure greedy accuracy on it while training")
-add("--eval-every", type=int, default=50, help="steps between evaluations")
-add("--model", help="pi_ref; None: the values file's, and so for the next three")
-add("--temperature", type=float, help="of sampling and of ln pi")
-add("--max-prompt-tokens", type=int, help="longest prompt, in tokens")
-add("--max-tokens", type=int, help="longest response, in tokens")
-add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and rank")
-add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
-add("--offload-ref", action="store_true", help="keep pi_ref in CPU memory")
-
-
-def check(args: Namespace) -> tuple[list[dict], list[dict]]:
-    """Check arguments and files before anything starts, and fill in what defaults to the header's.
-
-    Returns the prompts of the values file and the rows of --eval-dataset. UserError for the first
-    mistake.
-    """
-    problems.check_args(args)
-    if args.batch_size % args.updates_per_batch:
-        raise problems.UserError(f"--updates-per-batch must divide --batch-size {args.batch_size}")
-    values = problems.read_json(args.values, ours=True)
-    with problems.explain(f"{args.values} lacks the header, prompts or rewards of stage 1"):
-        header, prompts = values["header"] | {"values_sha256": values["sha256"]}, values["prompts"]
-        given = {k: v for k, v in vars(args).items() if k in FROM_HEADER and v is not None}
-        # with the hashes of model and values, which `open_run` and --resume compare
-        vars(args).update({k: header[k] for k in (*FROM_HEADER, "model_sha256", "values_sha256")})
-        rewards = torch.tensor([prompt["rewards"] for prompt in prompts], dtype=torch.float64)
-        v_star = losses.optimal_value(rewards, args.beta1 or header["beta1"])
-        prompts = [p | {"v_star": value} for p, value in zip(prompts, v_star.tolist(), strict=True)]
-        texts = {p["id"]: "".join((p["prompt"], p["answer"])) for p in prompts}
-        if len(texts) < len(prompts) or not v_star.isfinite().all():
-            raise ValueError("an id is there twice, or a reward is no number")
-    given["prompt_template"] = problems.PROMPT_TEMPLATE
-    problems.refuse_difference(args.values, header, given)
-    problems.check_context(args)
-    prompts = [p for p in prompts if not args.filter_unsolved or max(p["rewards"]) > 0]
-    if len(prompts) < args.batch_size:
-        left = f"{args.values}: {len(prompts)} prompts{' ever solved' * args.filter_unsolved}"
-        raise problems.UserError(f"{left}, fewer than --batch-size {args.batch_size}")
-    questions = problems.load_problems(args.eval_dataset, "test") if args.eval_dataset else []
-    args.eval_sha256 = problems.content_sha256({"rows": questions})
-    if not args.resume and any(Path(args.out).glob("*")):
-        raise problems.UserError(f"{args.out} is in use: --resume it, or give another --out")
-    return prompts, questions
-
-
-# ---------------------------------------------------------------------------------------------
-# Sampling
-
-
-def step_jobs(prompts: list[dict], args: Namespace, step: int) -> list[tuple[dict, dict]]:
-    """Say what step 1, 2, ... samples, and how: (prompt, its response's own sampling parameters).
-
-    Prompts come in seeded shuffled epochs, their remainders dropped. The engine tells its log-probs
-    of the first update's responses alone: no others are on-policy.
-    """
-    epoch, batch = divmod(step - 1, len(prompts) // args.batch_size)
-    order = list(prompts)
-    random.Random(f"{args.seed}/{epoch}").shuffle(order)
-    order = order[batch * args.batch_size : (batch + 1) * args.batch_size]
-    asked = [(prompt, n) for prompt in order for n in range(args.samples_per_prompt)]
-    return [(prompt, {"temperature": args.temperature,
-                      "seed": problems.response_seed(args.seed, step, prompt["id"], n),
-                      "logprobs": 0 if i < len(asked) // args.updates_per_batch else None})
-            for i, (prompt, n) in enumerate(asked)]  # fmt: skip
-
-
-def rollout(llm, jobs: list, args: Namespace, stop=(), lap=lambda: None) -> tuple[list, list]:
-    """Answer and grade jobs, the engines sharing the work; collective.
-
-    Every rank gets what the ranks were told to `stop` by, after which responses are missing, and
-    the responses of `problems.sample`, in order and each with its prompt's fields, among which
-    "rewards", "lengths" and "truncated" are of stage 1's samples.
-    """
-    mine = dict(problems.sample(llm, jobs, args, stop, lap))
-    dist.all_gather_object(everyone := [None] * dist.get_world_size(), (list(stop), mine))
-    drawn = {i: response for _, part in everyone for i, response in part.items()}
-    responses = [jobs[i][0] | drawn[i] for i in sorted(drawn)]
-    return [number for numbers, _ in everyone for number in numbers], responses
-
-
-# ---------------------------------------------------------------------------------------------
-# The model
-
-
-class Policy(torch.nn.Module):
-    """A causal language model that gives token log-probs and never its logits."""
-
-    def __init__(self, lm: torch.nn.Module):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, rows: Any, targets: Any, temperature: float, **inputs: Any) -> torch.Tensor:
-        """Run packed sequences (`losses.pack`); ln pi of each response token, (R,) float32."""
-        hidden = self.lm.base_model(use_cache=False, **inputs).last_hidden_state[0]
-        weight = self.lm.get_output_embeddings().weight  # whole here, in the forward of FSDP's root
-        return losses.token_logprob(hidden[rows], weight, targets, temperature)
-
-
-def load_policy(folder: Path, mesh: Any, dtype: torch.dtype, offload: bool = False) -> Policy:
-    """Load a model in `dtype` and shard it; UserError where ln pi would come out wrong."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register("packed", losses.packed_attention)
-    with problems.explain(f"cannot load {folder}"):
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
-    odd = {"final_logit_softcapping", "logits_scaling", "logit_scale"} & lm.config.to_dict().keys()
-    sliding = "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
-    if odd or sliding or lm.get_output_embeddings().bias is not None:
-        raise problems.UserError(f"{lm.config.model_type}: its attention or head is not supported")
-    return shard(lm, mesh, COMPUTE, offload)
-
-
-def shard(lm: torch.nn.Module, mesh: Any, compute: torch.dtype, offload: bool = False) -> Policy:
-    """Shard a model over `mesh`, layer by layer and then the rest; gradients meet in float32."""
-    options = {"mesh": mesh, "mp_policy": dist.fsdp.MixedPrecisionPolicy(compute, torch.float32)}
-    options |= {"offload_policy": dist.fsdp.CPUOffloadPolicy()} if offload else {}
-    # On a CPU gathering costs time, and there is room to keep what is gathered. On a GPU the root
-    # goes too: backward gathers the head once more, but the reference's never stays in memory.
-    options |= {"reshard_after_forward": compute != torch.float32}
-    for module in [*lm.base_model.layers, policy := Policy(lm)]:
-        dist.fsdp.fully_shard(module, **options)
-    return policy.train()
-
-
-def sync(llm: Any, policy: Policy) -> None:
-    """Stream the policy's weights into the engine, one at a time: no second copy; collective."""
-    # A head tied to the embedding is there twice: the engine has a copy of it, packed for CPUs.
-    # Each is cast before it travels.
-    weights = ((k, part.to(COMPUTE).full_tensor()) for k, part in policy.lm.state_dict().items())
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-
-
-# ---------------------------------------------------------------------------------------------
-# The run's folder: every file whole or absent
-
-
-WHOLE = dcp.StateDictOptions(True, cpu_offload=True, broadcast_from_rank0=True)
-
-
-def save(folder: Path, step: int, policy: Policy, optimizer: Any, args: Namespace) -> None:
-    """Write a checkpoint that from_pretrained and vLLM load as it is; collective.
-
-    float32 weights, AdamW's state in trainer.pt, the log so far in metrics.jsonl; without an
-    optimiser the finished model alone, in bf16 on GPUs. Data order and seeds follow from the step.
-    Written beside, hashed into manifest.json, flushed, renamed; what a kill leaves unfinished goes
-    with the next save.
-    """
-    beside, dtype = folder.with_name(".unfinished"), torch.float32 if optimizer else COMPUTE
-    # A head tied to the embedding is there once.
-    whole = ((k, p.detach().to(dtype).full_tensor()) for k, p in policy.lm.named_parameters())
-    weights = {name: tensor.cpu() for name, tensor in whole if dist.get_rank() == 0}
-    state = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer else {}
-    if dist.get_rank() == 0:
-        with problems.explain(f"cannot write {folder}", OSError):
-            shutil.rmtree(beside, ignore_errors=True)
-            reference, its = problems.model_folder(args.model), ("*.safetensors*", "*.bin", "*.pt")
-            skip = shutil.ignore_patterns(*its, "config.json", "manifest.json", "metrics.jsonl")
-            shutil.copytree(reference, beside, ignore=skip)
-            config = problems.read_json(reference / "config.json") | {"dtype": str(dtype)[6:]}
-            (beside / "config.json").write_text(json.dumps(config, indent=2))
-            save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
-            if state:
-                shutil.copy(Path(args.out, "metrics.jsonl"), beside)
-                need = 2.01 * (beside / "model.safetensors").stat().st_size
-                if shutil.disk_usage(beside).free < need:  # torch.save would not say why
-                    raise OSError("No space left on device")
-                torch.save(state, beside / "trainer.pt")
-            manifest = {"step": step, "files": problems.folder_hashes(beside)}
-            problems.write_json(beside / "manifest.json", manifest)  # all else is on the disk now
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(beside, folder)
-            for old in step_folders(folder.parent)[args.keep_checkpoints :]:
-                shutil.rmtree(old)
-    dist.barrier()
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """List a folder's step-N, newest first."""
-    ours = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(ours, key=lambda path: -int(path.name[5:]))
-
-
-def whole_step(folder: Path) -> int:
-    """Return a saved model's step; 0 if there is none or it is not as its manifest says."""
-    with contextlib.suppress(problems.UserError):
-        manifest = problems.read_json(folder / "manifest.json", ours=True)
-        whole = manifest["files"].items() <= problems.folder_hashes(folder).items()
-        return manifest["step"] * (whole and folder.name in ("final", f"step-{manifest['step']}"))
-    return 0
-
-
-def open_run(args: Namespace) -> tuple[TextIO, int | None]:
-    """Take OUT for this process alone: its metrics file, the last step saved (None: done)."""
-    out, step, identity = Path(args.out), 0, problems.identify(args, *FREE_ON_RESUME)
-    problems.refuse_difference(args.values, vars(args), {"model_sha256": identity["model_sha256"]})
-    metrics = problems.lock(out / "metrics.jsonl")
-    if problems.left_by(out / "config.json", identity):
-        if whole_step(out / "final") >= args.num_steps:
-            return metrics, None
-        for folder in step_folders(out / "checkpoints"):
-            if step := whole_step(folder):
-                break
-            print(f"{folder} is damaged, now damaged-*; trying the one before", file=sys.stderr)
-            folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
-    problems.write_json(out / "config.json", vars(args) | identity)
-    told = (out / "checkpoints" / f"step-{step}" / "metrics.jsonl").read_text() if step else ""
-    metrics.truncate(0)  # the steps after the checkpoint run, and are told, again
-    print(told, end="", file=metrics, flush=True)
-    return metrics, step
-
-
+EXAMPLES = """examples:
+  python train_online.py                                      the published MATH run
+  python train_online.py --resume                             go on from the last checkpoint
+  python train_online.py --values values/smoke.json --batch-size 32 --num-steps 4 --out runs/smoke
+"""
 # ---------------------------------------------------------------------------------------------
 # The algorithm
 
 
-def micro_batches(update: list[dict], args: Namespace) -> list[Namespace]:
-    """Pack this rank's hand of an update; `share` is a micro-batch's part of the global mean."""
-    lengths = [len(r["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
-    hands, batches = losses.deal(lengths, dist.get_world_size(), args.micro_batch_tokens), []
-    for hand in hands[dist.get_rank()]:
-        chosen = [update[i] for i in hand] or update[:1]  # share 0: FSDP wants equal forwards
-        batch = {"rewards": [r["reward"] for r in chosen], "v_star": [r["v_star"] for r in chosen],
-                 "sampler_logp": [x for r in chosen for x in r["sampler_logp"]]}  # fmt: skip
-        batch = {name: torch.tensor(x, device=DEVICE) for name, x in batch.items()}
-        inputs, counts = losses.pack([r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen])
-        # FSDP moves the inputs to the GPU; the responses' lengths are read here
-        batch |= {"inputs": inputs | {"temperature": args.temperature}, "lengths": counts}
-        batches.append(Namespace(**batch, share=len(hand) / len(update)))
-    return batches
+class Algorithm(NamedTuple):
+    """What makes an algorithm out of the loop below; experiments/baselines.py has three others."""
+
+    # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
+    # statistics by name, (B,) each. The update minimises the mean over all sequences.
+    loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    # Adds numbers to the responses of a step, such as advantages; micro-batches carry them along.
+    credit: Callable[[list[Response]], None] | None = None
+    # Is called with the policy and the step's updates, before the first one moves the weights.
+    prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
+    # So many responses that follow each other stay in one micro-batch.
+    group_size: int = 1
+    # Whether the sampler's log-probs are wanted for all updates. They cost some sampling time, so
+    # they are asked for the first update alone, where they show whether the data is on-policy.
+    all_sampler_logp: bool = False
 
 
-def least_squares(policy: Policy, ref: Policy, optimizer, responses: list, args: Namespace, lap):
-    """Steps 4 and 5 on a rollout: descend the mean of (beta2 ln(pi / pi_ref) - (r - V*))^2.
+def a_star_po(beta2: float) -> Algorithm:
+    """A*-PO: fit the log-ratio of each response to its advantage, r - V*."""
 
-    Returns loss, logratio, kl_per_token, grad_norm and logprob_gap; all but the loss and the norm
-    are of the first update, before it moves the weights: there pi still is what sampled.
+    def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logp = losses.sequence_logprob(token_logp, batch.lengths)
+        ref_logp = losses.sequence_logprob(batch.ref_logp, batch.lengths)
+        residuals = losses.squared_residuals(
+            logp, ref_logp, batch.rewards, batch.numbers["v_star"], beta2
+        )
+        return residuals, {"logratio": logp - ref_logp}
+
+    return Algorithm(loss)
+
+
+def update(
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    updates: list[list[MicroBatch]],
+    loss_function: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]],
+) -> dict[str, float]:
+    """Make one optimizer step for each update; all ranks must call it together.
+
+    Returns "loss" and "grad_norm", the means over the updates, and each statistic of the loss
+    function, its mean over the sequences. Statistics are of the first update before it moves the
+    weights: there the policy is still what sampled. "logprob_gap" is the mean over tokens of
+    |ln pi by this forward pass - ln pi by the engine|.
     """
-    # 4. ln pi_ref(y|x), by the same code and in the same shapes as ln pi
-    size, beta2 = len(responses) // args.updates_per_batch, args.beta2
-    updates = [micro_batches(responses[i : i + size], args) for i in range(0, len(responses), size)]
-    with torch.no_grad():
-        for batch in [batch for update in updates for batch in update]:
-            batch.ref_logp = losses.sequence_logprob(ref(**batch.inputs), batch.lengths)
-    lap()
-    # 5. least squares
-    sums, norm = torch.zeros(4, dtype=torch.float64, device=DEVICE), 0.0
-    for number, update in enumerate(updates):
-        for batch in update:
-            token_logp = policy(**batch.inputs)
-            logp = losses.sequence_logprob(token_logp, batch.lengths)
-            loss = losses.a_star_po_loss(logp, batch.ref_logp, batch.rewards, batch.v_star, beta2)
-            # FSDP takes the mean over the ranks
-            (loss * batch.share * dist.get_world_size()).backward()
-            sums[0] += loss.detach() * batch.share / len(updates)
-            if number == 0 and batch.share:
-                sums[1] += (logp - batch.ref_logp).detach().sum()
-                sums[2] += (token_logp - batch.sampler_logp).detach().abs().sum()
-                sums[3] += len(token_logp)
-        norm += torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).full_tensor()
+    sums = {"loss": torch.zeros((), dtype=torch.float64, device=DEVICE)}
+    grad_norm = 0.0
+    for number, batches in enumerate(updates):
+        for batch in batches:
+            output = policy(**batch.inputs)
+            sequence_losses, statistics = loss_function(batch, output)
+            # The mean over all sequences of the update, whatever the split into micro-batches.
+            loss = batch.weight * sequence_losses.sum() / batch.num_sequences
+            # FSDP takes the mean of the gradients over the ranks, where the sum is wanted.
+            (loss * dist.get_world_size()).backward()
+            sums["loss"] += loss.detach() / len(updates)
+            if number == 0:
+                batch.statistics = {name: x.detach() for name, x in statistics.items()}
+                add_sums(sums, batch, output.detach())
+        # The norm is over the weights of all ranks.
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        grad_norm += norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
-    dist.all_reduce(sums)
-    loss, logratio, gap, tokens = sums.tolist()
-    return loss, logratio / size, logratio / tokens, norm.item() / len(updates), gap / tokens
+
+    totals = torch.stack(list(sums.values()))
+    dist.all_reduce(totals)
+    metrics = dict(zip(sums, totals.tolist(), strict=True))
+    metrics["grad_norm"] = grad_norm.item() / len(updates)
+    first = updates[0][0]
+    if "logratio" in metrics:
+        metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
+    if "logprob_gap" in metrics:
+        metrics["logprob_gap"] /= first.num_tokens
+    for name in first.statistics:
+        metrics[name] /= first.num_sequences
+    return metrics
 
 
-def train(args: Namespace, prompts: list, questions: list, learn: Callable = least_squares) -> None:
-    """Run A*-PO on this rank; another `learn` makes it another algorithm (experiments/).
+def add_sums(sums: dict[str, Tensor], batch: MicroBatch, token_logp: Tensor) -> None:
+    """Add a micro-batch's sums of its statistics, and of the gap to the sampler."""
+    totals = {name: values.sum() for name, values in batch.statistics.items()}
+    if batch.sampler_logp is not None:
+        totals["logprob_gap"] = (token_logp - batch.sampler_logp).abs().sum()
+    for name, total in totals.items():
+        sums[name] = sums.get(name, 0.0) + batch.weight * total.double()
 
-    `learn` takes and returns what `least_squares` does, and calls `lap` once, before its updates.
-    """
-    told: list[int] = []  # the signals that this rank got
-    for number in problems.STOPS:  # the first lets the last step be saved
-        signal.signal(number, lambda n, frame: os._exit(128 + n) if told else told.append(n))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    out, nodes = Path(args.out), world // int(os.environ["LOCAL_WORLD_SIZE"])  # the engine's later
-    metrics, done = open_run(args) if rank == 0 else (None, 0)
-    dist.broadcast_object_list(box := [done])
-    if (done := box[0]) is None:
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclasses.dataclass
+class TrainingData:
+    """What a run is trained and evaluated on, checked."""
+
+    values: Values
+    entries: list[dict]  # the prompts of the values file that are used
+    v_star: dict[str, float]  # by the prompt's id
+    eval_rows: list[dict]
+
+
+@dataclasses.dataclass
+class Run:
+    """What `set_up` makes and the loop of `train` uses."""
+
+    log: RunLog
+    llm: Any
+    policy: Policy
+    ref: Policy
+    optimizer: torch.optim.Optimizer
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    reference_folder: Path
+    last_step: int  # of the checkpoint that it continues from; 0 at the start
+
+
+def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> None:
+    """Train on this rank; all ranks call it together. It resumes what --out holds."""
+    run = set_up(args, data)
+    if run is None:
         return
-    # The engine's log-probs are at the sampling temperature, as ln pi is. No prefix cache: a prompt
-    # is asked once, and a resumed run must start as cold as an uninterrupted one.
-    options = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": False}
-    llm = problems.start_engine(args, args.max_prompt_tokens, enable_sleep_mode=ON_GPU, **options)
-    # Shard inside a node, replicate across them.
-    dims = ({"replicate": nodes} if nodes > 1 else {}) | {"shard": world // nodes}
-    mesh = dist.init_device_mesh(DEVICE, tuple(dims.values()), mesh_dim_names=tuple(dims))
-    reference = problems.model_folder(args.model)
-    start = out / "checkpoints" / f"step-{done}" if done else reference
-    policy = load_policy(start, mesh, torch.float32)
-    ref = load_policy(reference, mesh, COMPUTE, args.offload_ref).requires_grad_(False)
-    if args.gradient_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Betas 0.9 and 0.999 and a weight decay of 0.01, as published, are its defaults.
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
-    if done:
-        # a pickle, of which whole_step has seen that it is ours, and of tensors alone
-        state = torch.load(start / "trainer.pt", weights_only=True) if rank == 0 else {}
-        dcp.set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
-        sync(llm, policy)  # the engine holds the reference
-    # Of what is longer, which a question of --eval-dataset may be, the end is asked.
-    problems.write_prompts(questions + prompts, llm, args, args.max_prompt_tokens)
+    temperature = data.values.header["temperature"]
+    max_tokens = data.values.header["max_tokens"]
+    if run.eval_prompts and run.last_step == 0:
+        log_metrics(run, {"step": 0, "eval_accuracy": evaluate(run, max_tokens)})
 
-    def lap() -> None:  # tell the seconds since the last lap of this step
-        torch.get_device_module(DEVICE).synchronize()
-        seconds.append(time.perf_counter() - began - sum(seconds))
-
-    saved, stops = done, []
-    for step in range(done + 1, args.num_steps + 1):
-        began, seconds = time.perf_counter(), []
+    stop_flag = command_line.StopFlag()
+    stopped_by = 0
+    for step in range(run.last_step + 1, args.num_steps + 1):
+        metrics = {"step": step, "lr": args.lr}
+        start = time.perf_counter()
         # 1. x ~ D
-        jobs = step_jobs(prompts, args, step)
-        # 2. y ~ pi_t(.|x) and 3. r(x, y), side by side
-        stops, responses = rollout(llm, jobs, args, told, lap)
-        if stops:  # the unfinished step is abandoned
-            if step - 1 > saved:
-                save(out / "checkpoints" / f"step-{step - 1}", step - 1, policy, optimizer, args)
+        prompts = next_batch(run.prompts, args.batch_size, args.seed, step)
+        requests = make_requests(prompts, args, step, algorithm.all_sampler_logp)
+        # 2. y ~ pi_t(. | x) and 3. r(x, y): grading runs beside the sampling
+        with timed(metrics, "seconds_generate"):
+            sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
+        with timed(metrics, "seconds_grade"):
+            responses = engine.gather(sampled)
+            engine.release_cache(run.llm)  # its memory is the trainer's now
+        for response in responses:
+            response.numbers["v_star"] = data.v_star[response.prompt.row["id"]]
+        if algorithm.credit is not None:
+            algorithm.credit(responses)
+        # 4. ln pi_ref(y | x)
+        with timed(metrics, "seconds_ref"):
+            updates = split_into_updates(responses, args, temperature, algorithm.group_size)
+            add_ref_logp(run.ref, updates)
+        # 5. least squares on r - V*
+        with timed(metrics, "seconds_update"):
+            if algorithm.prepare is not None:
+                algorithm.prepare(run.policy, updates)
+            metrics |= update(run.policy, run.optimizer, updates, algorithm.loss)
+            metrics["peak_gib"] = used_memory()
+        # 6. pi_{t+1} into the engine
+        with timed(metrics, "seconds_sync"):
+            torch.cuda.empty_cache()
+            run.policy.load_into(run.llm)
+            engine.restore_cache(run.llm)
+
+        metrics["seconds_total"] = time.perf_counter() - start
+        metrics |= summarize(responses, metrics["seconds_total"])
+        check_finite(metrics)
+        is_last = step == args.num_steps
+        if run.eval_prompts and (is_last or step % args.eval_every == 0):
+            metrics["eval_accuracy"] = evaluate(run, max_tokens)
+        log_step(run, metrics, responses[: args.log_samples], updates[0])
+
+        stopped_by = stop_flag.agree()
+        if stopped_by or is_last or step % args.save_every == 0:
+            save_step(run, args, step)
+        if stopped_by:
             break
-        if ON_GPU:  # the engine's KV cache makes room for the trainer
-            llm.sleep(level=0)
-            llm.release_kv_cache_memory()
-        lap()
-        # 4. ln pi_ref(y|x) and 5. least squares
-        loss, logratio, kl, norm, gap = learn(policy, ref, optimizer, responses, args, lap)
-        if not torch.tensor(loss + norm).isfinite():
-            raise ArithmeticError(f"step {step}: loss {loss}, norm {norm}; {saved} steps are saved")
-        lap()
+    finish(run, args, stopped_by)
 
-        # 6. pi_t+1 into the engine
-        torch.cuda.empty_cache()  # nothing without a GPU
-        sync(llm, policy)
-        if ON_GPU:
-            llm.wake_up(tags=["kv_cache"])
-        lap()
 
-        of_each = [(r["reward"], r["v_star"], len(r["ids"]), not r["finished"]) for r in responses]
-        reward, v_star, length, cut = (sum(x) / len(x) for x in zip(*of_each, strict=True))
-        total = sum(seconds)
-        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
-        row = [step, loss, reward, v_star, reward - v_star, logratio, kl, length, cut, norm]
-        row += [args.lr, gap, *seconds, total, length * len(responses) / total, memory / 2**30]
-        if questions and (step % args.eval_every == 0 or step == args.num_steps):
-            _, graded = rollout(llm, [(q, {"temperature": 0.0}) for q in questions], args)
-            row.append(sum(r["reward"] for r in graded) / len(questions))
-        if rank == 0:
-            line = dict(zip(COLUMNS.split(), row, strict=False))
-            print(*(f"{name} {value:<10.4g}" for name, value in line.items()))
-            with problems.explain(f"cannot write {metrics.name}", OSError):
-                print(json.dumps(line), file=metrics, flush=True)
-        if step % args.save_every == 0 or step == args.num_steps:
-            save(out / "checkpoints" / f"step-{step}", step, policy, optimizer, args)
-            saved = step
-    else:
-        save(out / "final", max(done, args.num_steps), policy, None, args)
-    if rank == 0:
-        print("grading:", problems.grading_counts)
-    llm.llm_engine.engine_core.shutdown()  # destroys the process group as well
-    if stops:  # every rank leaves with the code of the one that was told
-        sys.exit(128 + stops[0])
+@contextlib.contextmanager
+def timed(metrics: dict[str, Any], name: str) -> Iterator[None]:
+    """Measure the seconds of a block, on the GPU too, as metrics[name]."""
+    start = time.perf_counter()
+    yield
+    torch.get_device_module(DEVICE).synchronize()
+    metrics[name] = time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts of a step
+
+
+def next_batch(prompts: list[Prompt], batch_size: int, seed: int, step: int) -> list[Prompt]:
+    """Return the prompts of step 1, 2, ...; they follow from seed and step alone.
+
+    An epoch is a seeded shuffle of all prompts. What does not fill a batch is left out of it.
+    """
+    epoch, number = divmod(step - 1, len(prompts) // batch_size)
+    shuffled = list(prompts)
+    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+    return shuffled[number * batch_size : (number + 1) * batch_size]
+
+
+def make_requests(
+    prompts: list[Prompt], args: argparse.Namespace, step: int, all_logprobs: bool
+) -> list[Request]:
+    """Ask for --samples-per-prompt responses of each prompt, each with its own seed."""
+    num_requests = len(prompts) * args.samples_per_prompt
+    num_logprobs = num_requests if all_logprobs else num_requests // args.updates_per_batch
+    requests = []
+    for prompt in prompts:
+        for number in range(args.samples_per_prompt):
+            seed = engine.response_seed(args.seed, step, prompt.row["id"], number)
+            requests.append(Request(prompt, number, seed, len(requests) < num_logprobs))
+    return requests
+
+
+def split_into_updates(
+    responses: list[Response], args: argparse.Namespace, temperature: float, group_size: int
+) -> list[list[MicroBatch]]:
+    """Cut a step's responses into --updates-per-batch parts, and pack this rank's part of each."""
+    size = len(responses) // args.updates_per_batch
+    updates = []
+    for start in range(0, len(responses), size):
+        part = responses[start : start + size]
+        tokens = args.micro_batch_tokens
+        updates.append(make_micro_batches(part, temperature, tokens, group_size))
+    return updates
+
+
+def summarize(responses: list[Response], seconds: float) -> dict[str, float]:
+    """Return the means over a step's responses, those of all ranks, and the tokens per second."""
+    count = len(responses)
+    num_tokens = sum(len(response.ids) for response in responses)
+    reward = sum(response.reward for response in responses) / count
+    v_star = sum(response.numbers["v_star"] for response in responses) / count
+    return {
+        "reward": reward,
+        "v_star": v_star,
+        "adv": reward - v_star,
+        "response_tokens": num_tokens / count,
+        "truncated": sum(not response.finished for response in responses) / count,
+        "tokens_per_second": num_tokens / seconds,
+    }
+
+
+def gather_logratios(batches: list[MicroBatch], num_samples: int) -> dict[int, float]:
+    """Collect from all ranks the log-ratios of the first responses; by the response's index."""
+    here = {}
+    for batch in batches:
+        if batch.weight == 0 or "logratio" not in batch.statistics:
+            continue
+        for response, value in zip(batch.responses, batch.statistics["logratio"], strict=True):
+            if response.index < num_samples:
+                here[response.index] = value.item()
+    from_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(from_ranks, here)
+    return dict(item for logratios in from_ranks for item in logratios.items())
+
+
+def evaluate(run: Run, max_tokens: int) -> float:
+    """Return the mean reward of one greedy response to each evaluation prompt."""
+    requests = [Request(prompt) for prompt in run.eval_prompts]
+    responses = engine.gather(list(engine.sample(run.llm, requests, 0.0, max_tokens)))
+    return sum(response.reward for response in responses) / len(responses)
+
+
+def used_memory() -> float:
+    """Return the GiB in use on this GPU; without one, the largest memory of this process so far.
+
+    Right after an update, torch still holds the memory of the update's peak. The driver is asked,
+    since torch counts the engine's cache as allocated even after its release.
+    """
+    if ON_GPU:
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def save_step(run: Run, args: argparse.Namespace, step: int) -> None:
+    """Save a checkpoint, and remove those that are too many."""
+    folder = Path(args.out, "checkpoints")
+    save_checkpoint(folder / f"step-{step}", step, run.policy, run.optimizer, run.reference_folder)
+    if dist.get_rank() == 0:
+        remove_old_checkpoints(folder, args.keep_checkpoints)
+
+
+def log_metrics(run: Run, metrics: dict[str, Any]) -> None:
+    """Write metrics, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        run.log.write_metrics(metrics)
+
+
+def log_step(
+    run: Run, metrics: dict[str, Any], samples: list[Response], batches: list[MicroBatch]
+) -> None:
+    """Write a step's metrics, and some of its responses with their log-ratios."""
+    logratios = gather_logratios(batches, len(samples))
+    log_metrics(run, metrics)
+    if dist.get_rank() == 0:
+        run.log.write_samples(metrics["step"], samples, logratios)
+
+
+def check_finite(metrics: dict[str, Any]) -> None:
+    """Stop before a broken policy is saved over a good one."""
+    if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+        raise ArithmeticError(
+            f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
+            "the last checkpoint is from before that"
+        )
+
+
+def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
+    """Save the trained model and shut down; after a signal, leave with its exit code instead."""
+    if not stopped_by:
+        folder = Path(args.out, "final")
+        step = max(run.last_step, args.num_steps)
+        save_checkpoint(folder, step, run.policy, None, run.reference_folder)
+    if dist.get_rank() == 0:
+        print(f"grading: {math_reward.counts}")
+    engine.stop_engine(run.llm)
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
+# ---------------------------------------------------------------------------------------------
+# Before the loop: flags, files, models
+
+
+def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
+    """Take the run's folder, start the engine, load the models; None if the run is finished."""
+    log = RunLog(Path(args.out), args.num_steps)
+    config = make_config(args, data)
+    progress = engine.on_rank_0(open_run, config, log)
+    if progress.finished:
+        if dist.get_rank() == 0:
+            print(f"{args.out} is finished: nothing to do")
+        return None
+
+    header = data.values.header
+    # The engine comes first, while no trainer memory is in its way.
+    llm = engine.start_engine(
+        header["model"],
+        header["max_prompt_tokens"] + header["max_tokens"],
+        args.seed,
+        args.gpu_memory_utilization,
+        args.tensor_parallel_size,
+        # At the sampling temperature, as ln pi is.
+        logprobs_mode="processed_logprobs",
+        # A prompt is asked once, and a resumed run must start as cold as one that was never killed.
+        enable_prefix_caching=False,
+        enable_sleep_mode=ON_GPU,
+    )
+    mesh = make_mesh()
+    reference = files.model_folder(header["model"])
+    start = progress.checkpoint or reference
+    checkpointing = args.gradient_checkpointing
+    policy = load_policy(start, mesh, torch.float32, gradient_checkpointing=checkpointing)
+    ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
+    ref.requires_grad_(False)
+    # AdamW's own defaults are the published ones: betas 0.9 and 0.999, weight decay 0.01.
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
+    if progress.checkpoint is not None:
+        load_optimizer(progress.checkpoint, policy, optimizer)
+        policy.load_into(llm)  # the engine still holds the reference
+
+    if dist.get_rank() == 0 and args.tracker:
+        log.start_tracker(args.tracker, config)
+    tokenizer = llm.get_tokenizer()
+    return Run(
+        log=log,
+        llm=llm,
+        policy=policy,
+        ref=ref,
+        optimizer=optimizer,
+        prompts=make_prompts(data.entries, data.values, tokenizer),
+        eval_prompts=make_eval_prompts(data, tokenizer),
+        reference_folder=reference,
+        last_step=progress.step,
+    )
+
+
+def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
+    """Make the evaluation prompts, as training asks; of a longer prompt only the end is asked."""
+    prompts = []
+    for row in data.eval_rows:
+        style = data.values.style
+        if problems.reward_name(row["_task"]) != data.values.header["reward"]:
+            template = problems.DATASETS[row["_task"]].template
+            style = dataclasses.replace(style, template=template)
+        prompt = problems.make_prompt(row, style, tokenizer)
+        prompt.ids = prompt.ids[-data.values.header["max_prompt_tokens"] :]
+        prompts.append(prompt)
+    return prompts
+
+
+def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
+    """Collect the flags and what the values file's header decides, for config.json."""
+    config = dict(vars(args))
+    for name in (
+        "model",
+        "model_fingerprint",
+        "task",
+        "reward",
+        "temperature",
+        "max_prompt_tokens",
+        "max_tokens",
+        "prompt_template",
+        "chat_template",
+        "system_prompt",
+        "chat_template_kwargs",
+    ):
+        config[name] = data.values.header[name]
+    config["values_digest"] = data.values.digest
+    config["eval_digest"] = files.content_digest(data.eval_rows)
+    return config
+
+
+def check(args: argparse.Namespace) -> TrainingData:
+    """Check flags and files before anything starts; UserError for the first mistake."""
+    if args.batch_size % args.updates_per_batch != 0:
+        raise UserError(
+            f"--updates-per-batch {args.updates_per_batch} does not divide --batch-size "
+            f"{args.batch_size}"
+        )
+    files.check_writable(args.out)
+    if not args.resume and any(Path(args.out).glob("*")):
+        raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
+    if args.tracker and importlib.util.find_spec(args.tracker) is None:
+        raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
+
+    values = load_values(args.values)
+    beta1 = values.header["beta1"] if args.beta1 is None else args.beta1
+    v_star = {}
+    for entry in values.entries:
+        rewards = torch.tensor([entry["rewards"]], dtype=torch.float64)
+        v_star[entry["id"]] = losses.optimal_value(rewards, beta1).item()
+
+    entries = values.entries
+    if args.filter_unsolved:
+        entries = [entry for entry in entries if max(entry["rewards"]) > 0]
+    if len(entries) < args.batch_size:
+        solved = " that the reference solved" if args.filter_unsolved else ""
+        raise UserError(
+            f"{args.values} has {len(entries)} prompts{solved}, fewer than --batch-size "
+            f"{args.batch_size}"
+        )
+    if args.eval_dataset is None:
+        args.eval_dataset = default_eval_dataset(values.header["dataset"])
+    eval_rows = []
+    if args.eval_dataset != "none":
+        eval_rows = problems.load_problems(args.eval_dataset, "test")
+    return TrainingData(values, entries, v_star, eval_rows)
+
+
+def default_eval_dataset(training_set: str) -> str:
+    """Name the test set that belongs to a training set; none for a file."""
+    dataset = problems.DATASETS.get(training_set)
+    return dataset.test_set if dataset else "none"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the flags. The defaults are the published MATH run."""
+    parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
+    add_run_flags(parser.add_argument_group("the run"))
+    add_algorithm_flags(parser.add_argument_group("the algorithm"))
+    add_memory_flags(parser.add_argument_group("memory and speed; they do not change the result"))
+    command_line.add_engine_flags(parser, gpu_share=0.6)
+    return parser
+
+
+def add_run_flags(group: Any) -> None:
+    """Add what a run reads, writes and shows."""
+    group.add_argument("--values", default="values/math.json", help="the values file of stage 1")
+    group.add_argument("--out", default="runs/math", help="folder of the run")
+    group.add_argument(
+        "--resume", action="store_true", help="continue from the last whole checkpoint in --out"
+    )
+    group.add_argument(
+        "--save-every",
+        type=command_line.positive_integer,
+        default=50,
+        help="steps between checkpoints",
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=command_line.positive_integer,
+        default=2,
+        help="how many of the newest checkpoints to keep",
+    )
+    group.add_argument(
+        "--eval-dataset",
+        help="measure greedy accuracy on this set while training; none switches it off; by default "
+        "the test set that belongs to the training set (math: math500, gsm8k: its test split)",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=command_line.positive_integer,
+        default=50,
+        help="steps between evaluations; the untrained model and the last step are evaluated too",
+    )
+    group.add_argument(
+        "--log-samples",
+        type=command_line.whole_number,
+        default=8,
+        help="responses of each step that go to samples.jsonl",
+    )
+    group.add_argument(
+        "--tracker",
+        choices=("wandb", "trackio"),
+        help="also send the metrics to this tracker, which must be installed",
+    )
+
+
+def add_algorithm_flags(group: Any) -> None:
+    """Add what decides the result."""
+    group.add_argument(
+        "--num-steps",
+        type=command_line.positive_integer,
+        default=725,
+        help="steps; each samples one batch of prompts",
+    )
+    group.add_argument(
+        "--batch-size", type=command_line.positive_integer, default=256, help="prompts per step"
+    )
+    group.add_argument(
+        "--samples-per-prompt",
+        type=command_line.positive_integer,
+        default=1,
+        help="responses per prompt and step",
+    )
+    group.add_argument(
+        "--updates-per-batch",
+        type=command_line.positive_integer,
+        default=2,
+        help="optimizer updates per step, each on its part of the batch; 1 is strictly on-policy",
+    )
+    group.add_argument(
+        "--beta1",
+        type=command_line.positive_or_infinite,
+        help="compute V* again with this beta1; by default the one of the values file",
+    )
+    group.add_argument(
+        "--beta2",
+        type=command_line.positive_number,
+        default=1e-3,
+        help="strength of the pull towards the reference",
+    )
+    group.add_argument(
+        "--lr",
+        type=command_line.positive_number,
+        default=1e-6,
+        help="learning rate of AdamW, constant",
+    )
+    group.add_argument(
+        "--filter-unsolved",
+        action="store_true",
+        help="drop the prompts that the reference never solved",
+    )
+
+
+def add_memory_flags(group: Any) -> None:
+    """Add what trades memory against time."""
+    group.add_argument(
+        "--micro-batch-tokens",
+        type=command_line.positive_integer,
+        default=8192,
+        help="tokens per forward pass and GPU",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, more time",
+    )
+    group.add_argument(
+        "--offload-ref", action="store_true", help="keep the reference in CPU memory"
+    )
 
 
 def main() -> None:
     """Check, launch, train."""
-    args = parser.parse_args()
-    checked = check(args)
-    problems.launch(args.tensor_parallel_size)
-    train(args, *checked)
+    args = make_parser().parse_args()
+    data = check(args)
+    engine.launch(args.tensor_parallel_size)
+    train(args, data, a_star_po(args.beta2))
 
 
 if __name__ == "__main__":
-    problems.run(main)
+    command_line.run(main)

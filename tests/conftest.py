@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import problems
+from apo import files, problems
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -91,10 +91,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def edit_values(source: Path, to: Path, change: Callable[[dict], None]) -> Path:
-    """Copy a values file with a change made and signed, as its user may."""
+    """Copy a values file with a change made, as its user may."""
     values = json.loads(source.read_text())
     change(values)
-    problems.write_json(to, values)
+    files.write_json(to, values)
     return to
 
 

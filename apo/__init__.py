@@ -1,0 +1,14 @@
+"""The machinery behind the three stages. A first reader can leave this folder closed."""
+
+import importlib.util
+import sys
+
+# Without this, a forgotten `source .venv/bin/activate` would end in "No module named 'torch'".
+for _library in ("torch", "transformers", "vllm", "datasets", "tqdm", "math_verify"):
+    if importlib.util.find_spec(_library) is None:
+        print(
+            f"error: this Python ({sys.executable}) has no {_library}. Activate the environment "
+            "first (source .venv/bin/activate), or make it: see README.md, or run `make demo`.",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -1,0 +1,183 @@
+"""How a script starts and ends: its flags, its exit codes, and what a signal does.
+
+Exit codes: 0; 2 for a user's mistake, told in one sentence; 130 and 143 for SIGINT and SIGTERM;
+1 with a full traceback for anything else.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from apo.files import UserError
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Show the default of each flag that has one, and keep the line breaks of the examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Start a script's command line. `examples` is printed at the end of --help."""
+    return argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=description,
+        epilog=examples,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
+    """Add the flags that all three stages have."""
+    group = parser.add_argument_group("sampling engine (the same in all stages)")
+    group.add_argument("--seed", type=whole_number, default=0, help="seed of all that is sampled")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=fraction,
+        default=gpu_share,
+        help="share of each GPU's memory that the engine may use",
+    )
+    group.add_argument(
+        "--tensor-parallel-size", type=positive_integer, default=1, help="GPUs that share one model"
+    )
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of stages 1 and 3 that decide how a question becomes a prompt."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--chat-template",
+        action="store_true",
+        default=None,
+        help="ask through the tokenizer's chat template; off by default, as for base models",
+    )
+    group.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="system turn before the question; it needs --chat-template; none by default",
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}'; none by "
+        "default",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Types of flags. argparse turns a ValueError or ArgumentTypeError into a sentence and exit code 2.
+
+
+def positive_integer(text: str) -> int:
+    """Read 1, 2, 3, ..."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Read 0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Read a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def positive_or_infinite(text: str) -> float:
+    """Read a number above 0, or inf."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number above 0 nor inf")
+    return value
+
+
+def temperature(text: str) -> float:
+    """Read 0 (greedy), or a temperature that vLLM does not silently raise to 0.01."""
+    value = float(text)
+    if value != 0 and not 0.01 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor at least 0.01")
+    return value
+
+
+def sampling_temperature(text: str) -> float:
+    """Read a temperature above 0: V* and ln pi are not defined for greedy decoding."""
+    value = temperature(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is greedy decoding: a temperature above 0 is needed")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Read a number above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Start and end
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main` with the exit codes above.
+
+    A first SIGINT or SIGTERM ends it in good order, a second one at once.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, exit_on_signal)
+    try:
+        main()
+    except UserError as error:
+        # All ranks make the same checks, so one line per machine is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Leave with exit code 128 + number; the next signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
+class StopFlag:
+    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def agree(self) -> int:
+        """Return the signal that any rank received, 0 if none; all ranks call it together."""
+        import torch  # here, as nothing else in this file needs it
+
+        received = torch.tensor(self.number)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return int(received)

@@ -1,0 +1,469 @@
+"""Generation: one process per GPU, each with a vLLM engine; requests in, scored responses out.
+
+The engine runs inside the process that trains (vLLM's external launcher), so that new weights
+reach it without a second copy, and all ranks share the requests out among themselves.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from apo import files, problems
+from apo.files import UserError
+from apo.problems import Prompt
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+# What a process alone on its machine needs in place of torchrun's settings. Port 0: any free one.
+SINGLE_PROCESS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+
+# Used where the user has set nothing else.
+ENVIRONMENT = {
+    # On a CPU the engine would bind itself to one core, and take half of the memory for its cache.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def launch(tensor_parallel_size: int = 1) -> None:
+    """Make this process one rank of a process group, with one rank for every visible GPU.
+
+    On a machine with two or more GPUs the command starts itself again under torchrun, and this
+    process exits with torchrun's code. Call it when everything that can be checked is checked:
+    a mistake found later is found by every rank.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if "RANK" in os.environ:
+        check_launcher()
+        end_with_launcher()
+    elif num_gpus > 1:
+        restart_under_torchrun(num_gpus)
+    else:
+        os.environ.update(SINGLE_PROCESS)
+
+    if num_gpus > 0:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(
+        # Objects and barriers travel over gloo, tensors on GPUs over NCCL.
+        "cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo",
+        # Ranks finish their sampling at different times, so that one may wait long for another.
+        timeout=48 * torch.distributed.default_pg_timeout,
+    )
+    world_size = torch.distributed.get_world_size()
+    if world_size % tensor_parallel_size != 0:
+        raise UserError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
+            f"({world_size})"
+        )
+
+
+def check_launcher() -> None:
+    """Raise UserError if whatever started the ranks did not tell each its place."""
+    for name in SINGLE_PROCESS:
+        if name not in os.environ:
+            raise UserError(f"RANK is set and {name} is not: start several processes with torchrun")
+
+
+def end_with_launcher() -> None:
+    """Make the kernel end this rank when its launcher dies.
+
+    A rank that is left alone would wait for the others, and hold its GPU.
+    """
+    import torch
+
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    # The launcher may have died while this process was importing. Then its store is closed, and
+    # connecting to it raises.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        socket.create_connection(address, timeout=60).close()
+
+
+def restart_under_torchrun(num_gpus: int) -> None:
+    """Run this very command once per GPU, and exit as it does."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import api, errors
+
+    # orig_argv is the command as it was typed, so that `python -m experiments.x` works as well.
+    command = [sys.executable, *sys.orig_argv[1:]]
+    flags = ["--standalone", f"--nproc-per-node={num_gpus}", "--no-python"]
+    try:
+        torchrun.main([*flags, *command])
+    except errors.ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode in (2, 130, 143) else 1)
+    except api.SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine
+
+
+def start_engine(
+    model: str,
+    max_model_len: int,
+    seed: int,
+    gpu_memory_utilization: float,
+    tensor_parallel_size: int,
+    **options: Any,
+) -> Any:
+    """Start this rank's vLLM engine, the same in all stages. Every rank must call it together.
+
+    `max_model_len` is the number of tokens of the longest prompt and response together; `options`
+    are further arguments of vllm.LLM.
+    """
+    import torch
+    from vllm import LLM
+
+    on_gpu = torch.cuda.is_available()
+    # On a CPU vLLM would compile for seconds to gain microseconds.
+    torch._dynamo.config.disable = not on_gpu
+    return LLM(
+        model=str(files.model_folder(model)),
+        max_model_len=int(max_model_len),
+        seed=seed,
+        dtype="bfloat16" if on_gpu else "float32",
+        # The policy's log-probs have float32 logits, so the sampler's must: bf16 would blur pi.
+        hf_overrides={"head_dtype": "float32"},
+        # The CPU engine cannot seed a request whose prompt it has cut into chunks.
+        enable_chunked_prefill=on_gpu,
+        enforce_eager=not on_gpu,
+        gpu_memory_utilization=gpu_memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        # One engine inside each rank, or inside each group of --tensor-parallel-size ranks.
+        distributed_executor_backend="external_launcher",
+        use_tqdm_on_load=False,
+        **options,
+    )
+
+
+def release_cache(llm: Any) -> None:
+    """Give the memory of the KV cache to the trainer; the weights stay. No effect on a CPU.
+
+    vLLM refuses while a request is left. After the last response is out, the scheduler still holds
+    its id until one more step, and with asynchronous scheduling a batch can still be in flight. So
+    the engine is stepped until nothing is left.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests() or core.batch_queue:
+        llm.llm_engine.step()
+    llm.sleep(level=0)  # stops the scheduler
+    llm.release_kv_cache_memory()
+
+
+def restore_cache(llm: Any) -> None:
+    """Take the memory of the KV cache back, and let the scheduler run. No effect on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
+
+
+def stop_engine(llm: Any) -> None:
+    """Shut the engine down. It destroys the process group as well, so this comes last."""
+    import torch
+
+    torch.distributed.barrier()
+    llm.llm_engine.engine_core.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclasses.dataclass
+class Request:
+    """One response to be sampled."""
+
+    prompt: Prompt
+    sample: int = 0  # the how manyth of the prompt's responses
+    seed: int | None = None  # None for greedy decoding
+    logprobs: bool = False  # whether the sampler's log-probs are wanted
+
+
+@dataclasses.dataclass
+class Response:
+    """One response of the model, with its reward and whatever numbers an algorithm adds."""
+
+    index: int  # the place of its request in the list of requests
+    prompt: Prompt
+    sample: int
+    ids: list[int]  # its tokens, EOS included
+    text: str  # its tokens decoded, without special tokens
+    finished: bool  # whether it ended by itself (EOS), not at max_tokens
+    sampler_logp: list[float]  # ln pi of each token by the engine; empty unless asked for
+    reward: float | None = None  # None while it is being graded
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)  # such as "v_star"
+    grade: Future | None = None  # the reward to come
+
+
+def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
+    """Seed one response by what it is: no batch, rank or resume changes what is sampled."""
+    name = json.dumps([seed, step, problem_id, sample])
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return int(digest[:16], 16) >> 2  # 62 bits: it fits an int64
+
+
+def sample(
+    llm: Any,
+    requests: list[Request],
+    temperature: float,
+    max_tokens: int,
+    top_p: float = 1.0,
+) -> Iterator[Response]:
+    """Sample this rank's share of the requests; yield each response when it is sampled.
+
+    Its grading has then begun, and runs beside the sampling: `wait_for_reward` gives the result.
+    V* is an expectation under pi_ref itself, so that top_p is 1 and top_k is off in stages 1 and 2.
+    """
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    engine = llm.llm_engine
+    tokenizer = llm.get_tokenizer()
+    for i in share_of_requests(llm, len(requests)):
+        request = requests[i]
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=request.seed,
+            logprobs=0 if request.logprobs else None,  # 0: of the sampled token alone
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            flat_logprobs=True,
+            detokenize=False,  # decoding all tokens at once, below, is cheaper than one by one
+            skip_clone=True,
+        )
+        engine.add_request(str(i), {"prompt_token_ids": request.prompt.ids}, params)
+
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            index = int(output.request_id)
+            completion = output.outputs[0]
+            response = Response(
+                index=index,
+                prompt=requests[index].prompt,
+                sample=requests[index].sample,
+                ids=list(completion.token_ids),
+                text=tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                finished=completion.finish_reason == "stop",
+                sampler_logp=list(completion.logprobs.logprobs) if completion.logprobs else [],
+            )
+            start_grading(response)
+            yield response
+
+
+def share_of_requests(llm: Any, num_requests: int) -> range:
+    """Return the places of the requests that this rank's engine answers.
+
+    The ranks of one engine have the same share, since vLLM wants the same requests of them.
+    """
+    import torch
+
+    ranks_per_engine = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    num_engines = torch.distributed.get_world_size() // ranks_per_engine
+    engine_number = torch.distributed.get_rank() // ranks_per_engine
+    return range(engine_number, num_requests, num_engines)
+
+
+def start_grading(response: Response) -> None:
+    """Start scoring a response. One that did not finish earns 0, in every stage."""
+    if response.finished:
+        response.grade = problems.submit_reward(response.text, response.prompt.row)
+    else:
+        response.reward = 0.0
+
+
+def is_graded(response: Response) -> bool:
+    """Say whether `wait_for_reward` would return at once."""
+    return response.grade is None or response.grade.done()
+
+
+def wait_for_reward(response: Response) -> None:
+    """Wait until a response is graded."""
+    if response.grade is not None:
+        response.reward = response.grade.result()
+        response.grade = None
+
+
+def gather(sampled: list[Response]) -> list[Response]:
+    """Wait for the rewards and return the responses of all ranks, in the order of the requests.
+
+    Every rank must call it together.
+    """
+    import torch
+
+    for response in sampled:
+        wait_for_reward(response)
+    from_ranks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(from_ranks, sampled)
+    # The ranks of one engine have the same responses; each counts once.
+    by_index = {}
+    for responses in from_ranks:
+        for response in responses:
+            by_index[response.index] = response
+    return [by_index[index] for index in sorted(by_index)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling that survives a kill: stages 1 and 3
+
+
+def sample_all(
+    llm: Any,
+    prompts: list[Prompt],
+    num_samples: int,
+    out: Path,
+    identity: dict,
+    seed: int,
+    temperature: float,
+    max_tokens: int,
+    top_p: float = 1.0,
+) -> list[dict]:
+    """Draw graded samples of each prompt, and return one record for each, in order.
+
+    A record is {"id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens"}.
+    Every rank appends its records to OUT.partial/RANK.jsonl as they are graded. A run that was
+    killed and is started again with the same `identity` samples only what is missing; another
+    identity is a UserError that names the difference. The caller saves the records and then calls
+    `remove_partial`. Every rank must call it together.
+    """
+    import torch
+    from tqdm import tqdm
+
+    rank = torch.distributed.get_rank()
+    folder = partial_folder(out)
+    file = files.lock(folder / f"{rank}.jsonl")
+    # Rank 0 reads what an earlier run left, for all: other machines may not see its files yet.
+    done = {}
+    for record in on_rank_0(read_partial, folder, identity):
+        done[record["id"], record["sample"]] = record
+
+    requests = []
+    for prompt in prompts:
+        for number in range(num_samples):
+            if (prompt.row["id"], number) not in done:
+                request_seed = response_seed(seed, 0, prompt.row["id"], number)
+                requests.append(Request(prompt, number, request_seed))
+
+    new_records = []
+
+    def save(response: Response) -> None:
+        wait_for_reward(response)
+        record = make_record(response)
+        new_records.append(record)
+        file.write(json.dumps(record, default=str) + "\n")
+        file.flush()
+        progress.update()
+
+    waiting = deque()
+    total = len(share_of_requests(llm, len(requests)))
+    with tqdm(total=total, unit=" responses", disable=rank > 0) as progress:
+        for response in sample(llm, requests, temperature, max_tokens, top_p):
+            waiting.append(response)
+            while waiting and is_graded(waiting[0]):
+                save(waiting.popleft())
+        while waiting:
+            save(waiting.popleft())
+    file.close()
+
+    from_ranks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(from_ranks, new_records)
+    for records in from_ranks:
+        for record in records:
+            done[record["id"], record["sample"]] = record
+    return [done[prompt.row["id"], i] for prompt in prompts for i in range(num_samples)]
+
+
+def make_record(response: Response) -> dict:
+    """Write a graded response as the record that stages 1 and 3 keep."""
+    return {
+        "id": response.prompt.row["id"],
+        "sample": response.sample,
+        "prompt": response.prompt.text,
+        "answer": response.prompt.row["answer"],
+        "output": response.text,
+        "reward": response.reward,
+        "finished": response.finished,
+        "tokens": len(response.ids),
+    }
+
+
+def partial_folder(out: Path) -> Path:
+    """Return the folder of the records that a run towards `out` has so far."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def read_partial(folder: Path, identity: dict) -> list[dict]:
+    """Read what an earlier run left, and leave a note whose records these are.
+
+    Raises UserError if they are another run's.
+    """
+    note = folder / "identity.json"
+    if note.exists():
+        what = f"{folder} (remove it, or give another --out)"
+        files.refuse_difference(what, files.read_json(note), identity)
+    files.write_json(note, identity)
+    records = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for record in files.read_whole_lines(path):
+            if "id" in record and "sample" in record:
+                records.append(record)
+    return records
+
+
+def remove_partial(out: Path) -> None:
+    """Remove the records of a run whose result is saved."""
+    folder = partial_folder(out)
+    for path in folder.glob("*"):
+        path.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def on_rank_0(function: Callable, *arguments: Any) -> Any:
+    """Call a function on rank 0 alone, and give every rank its result, or its UserError."""
+    import torch
+
+    result = None
+    error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = function(*arguments)
+        except UserError as user_error:
+            error = user_error
+    both = [result, error]
+    torch.distributed.broadcast_object_list(both)
+    result, error = both
+    if error is not None:
+        raise error
+    return result

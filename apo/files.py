@@ -1,0 +1,229 @@
+"""Files and models on disk: read with clear errors, written whole or not at all.
+
+A file gets its name last, by a rename after fsync, so that a kill or a full disk leaves either the
+old file or the new one. Settings of an earlier run are compared by value, and the fields that
+differ are named.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+# The files of a model folder that decide what the model says. Whatever else lies there (a README,
+# other formats of the weights, .git) is neither compared nor copied into checkpoints.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint
+NUM_BLOCKS = 16  # places per weight file
+
+
+class UserError(Exception):
+    """A mistake in flags or files. The script prints its one sentence and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, without the byte-order mark that some editors write."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON file that holds one object. UserError says what is wrong with it."""
+    try:
+        document = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise UserError(f"cannot read {path}: it holds a {type(document).__name__}, not an object")
+    return document
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Read a file with one JSON object a line. UserError names the line that is none."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def read_whole_lines(path: Path) -> list[dict]:
+    """Read the lines of a JSONL file that are whole.
+
+    A killed process can leave a torn line. What it described is simply made again.
+    """
+    rows = []
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: str | Path, document: dict) -> None:
+    """Write one JSON object whole or not at all; a value that JSON lacks is written as text."""
+    write_text(path, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names, so that a rename survives a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path) -> TextIO:
+    """Open a JSONL file for appending, for this process alone.
+
+    A torn last line, which a kill can leave, is dropped first. Raises UserError if another process
+    has the file open.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it stays locked as long as it is open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"{path} is in use by another run: wait until that has ended, or give another --out"
+        ) from error
+    content = path.read_bytes()
+    file.truncate(content.rfind(b"\n") + 1)
+    return file
+
+
+def check_writable(out: str | Path) -> None:
+    """Raise UserError, before hours are spent, if nothing can be written at `out`."""
+    for folder in Path(out).absolute().parents:
+        if folder.exists():
+            break
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {folder} is no writable folder")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings and models
+
+
+def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
+    """Raise UserError that names each field of `wanted` in which `saved` has another value."""
+    differences = []
+    for name, new in wanted.items():
+        old = saved.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            differences.append(f"another {name} ({', '.join(keys)})")
+        else:
+            differences.append(f"{name} {old!r}, not {new!r}")
+    if differences:
+        raise UserError(f"{what} was made with {'; '.join(differences)}")
+
+
+def model_folder(model: str) -> Path:
+    """Find a model's folder: a local one, or a hub id's, which is downloaded if need be."""
+    folder = Path(model)
+    if not folder.is_dir():
+        import huggingface_hub  # here, as it takes a second
+
+        try:
+            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=MODEL_FILES))
+        except Exception as error:  # the hub's library raises a dozen unrelated types
+            reason = " ".join(str(error).split())
+            raise UserError(f"no model {model!r}, here or on the hub: {reason:.300}") from error
+    for pattern in ("config.json", "*.safetensors", "*token*"):
+        if not any(folder.glob(pattern)):
+            raise UserError(f"{folder} is not a model: it has no {pattern}")
+    return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """List the files of a model folder that decide what the model says, sorted by name."""
+    files = set()
+    for pattern in MODEL_FILES:
+        files.update(path for path in folder.glob(pattern) if path.is_file())
+    return sorted(files)
+
+
+def model_fingerprint(folder: Path) -> dict[str, str]:
+    """Return a short hash of each file of a model, in milliseconds whatever its size.
+
+    Small files are read whole, weight files at NUM_BLOCKS places spread over them. Two different
+    models differ everywhere, so this tells them apart; a single flipped bit can go unseen.
+    """
+    fingerprint = {}
+    for path in model_files(folder):
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(path, "rb") as file:
+            if path.suffix == ".safetensors":
+                for place in range(NUM_BLOCKS):
+                    file.seek(place * max(0, size - BLOCK) // (NUM_BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+            else:
+                digest.update(file.read())
+        fingerprint[path.name] = digest.hexdigest()[:16]
+    return fingerprint
+
+
+def content_digest(content: Any) -> str:
+    """Return a short hash of anything that JSON can hold, to compare what is too long to keep."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def context_length(folder: Path) -> float:
+    """Return how many tokens, prompt and response together, the model can read."""
+    limit = read_json(folder / "config.json").get("max_position_embeddings")
+    return float("inf") if limit is None else limit

@@ -1,0 +1,453 @@
+"""The model being trained: loaded, sharded with FSDP2, run on packed sequences, saved.
+
+Packed means that sequences lie end to end in one row, without padding. Names of axes are those of
+losses.py: B sequences, T tokens of all sequences together, R their response tokens.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import losses
+from apo import files
+from apo.engine import Response
+from apo.files import UserError
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Weights are kept in float32 and used in bf16. On a CPU bf16 is slow, and float32 is exact.
+COMPUTE_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+# ---------------------------------------------------------------------------------------------
+# Packed sequences
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """The sequences that pass through the model at once on this rank."""
+
+    responses: list[Response]  # B of them
+    inputs: dict[str, Any]  # the arguments of Policy.forward
+    lengths: Tensor  # (B,) response tokens of each sequence; it stays on the CPU
+    rewards: Tensor  # (B,) float32
+    numbers: dict[str, Tensor]  # (B,) each: what Response.numbers holds, such as "v_star"
+    sampler_logp: Tensor | None  # (R,) ln pi by the engine, where it was asked for
+    weight: float  # 1; or 0 for a copy that only keeps this rank in step with the others
+    num_sequences: int  # in the whole update, over all its micro-batches and ranks
+    num_tokens: int  # response tokens in the whole update
+    ref_logp: Tensor | None = None  # (R,) ln pi_ref
+    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what an algorithm adds
+    statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # (B,) each, see update
+
+
+def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str, Any], Tensor]:
+    """Lay B sequences end to end.
+
+    Returns the inputs of `Policy.forward`, but for the temperature, and the lengths of the
+    responses (B,). `rows` (R,) are the places whose hidden state predicts the response tokens
+    `targets` (R,). The last token of a response predicts nothing and is left out.
+
+    Example: prompts [[1, 2]], responses [[3, 4]] -> input_ids [[1, 2, 3]], rows [1, 2],
+    targets [3, 4].
+    """
+    input_ids = []
+    position_ids = []
+    rows = []
+    targets = []
+    bounds = [0]
+    for prompt, response in zip(prompts, responses, strict=True):
+        sequence = prompt + response[:-1]
+        input_ids += sequence
+        # Positions start again at 0 in every sequence.
+        position_ids += range(len(sequence))
+        end = len(input_ids)
+        rows += range(end - len(response), end)
+        targets += response
+        bounds.append(end)
+    longest = max(end - start for start, end in pairwise(bounds))
+    inputs = {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "rows": torch.tensor(rows),
+        "targets": torch.tensor(targets),
+        "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
+        "max_length_q": longest,
+    }
+    lengths = torch.tensor([len(response) for response in responses])
+    return inputs, lengths
+
+
+def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Assign sequences to ranks and micro-batches: [rank][micro-batch] -> places in `lengths`.
+
+    The longest come first, each to the rank with the fewest tokens, so that all ranks finish
+    together. A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number
+    of forward passes on every rank, so ranks with fewer micro-batches get empty ones at the end.
+    """
+    assigned = [[[]] for _ in range(num_ranks)]
+    rank_tokens = [0] * num_ranks
+    batch_tokens = [0] * num_ranks  # of each rank's last micro-batch
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = rank_tokens.index(min(rank_tokens))
+        rank_tokens[rank] += lengths[place]
+        if assigned[rank][-1] and batch_tokens[rank] + lengths[place] > budget:
+            assigned[rank].append([])
+            batch_tokens[rank] = 0
+        assigned[rank][-1].append(place)
+        batch_tokens[rank] += lengths[place]
+
+    most = max(len(batches) for batches in assigned)
+    for batches in assigned:
+        batches += [[] for _ in range(most - len(batches))]
+    return assigned
+
+
+def make_micro_batches(
+    responses: list[Response], temperature: float, max_tokens: int, group_size: int = 1
+) -> list[MicroBatch]:
+    """Pack this rank's part of one update into micro-batches of at most `max_tokens` tokens.
+
+    `responses` are those of all ranks. Each `group_size` responses that follow each other stay
+    together, for losses that compare the responses of a prompt.
+    """
+    groups = []
+    for start in range(0, len(responses), group_size):
+        groups.append(responses[start : start + group_size])
+    group_tokens = [sum(num_input_tokens(r) for r in group) for group in groups]
+    assigned = assign_to_ranks(group_tokens, dist.get_world_size(), max_tokens)
+
+    num_tokens = sum(len(response.ids) for response in responses)
+    batches = []
+    for places in assigned[dist.get_rank()]:
+        # An empty micro-batch becomes a copy of the first group, with weight 0.
+        chosen = []
+        for place in places or [0]:
+            chosen += groups[place]
+        weight = 1.0 if places else 0.0
+        batches.append(make_micro_batch(chosen, temperature, weight, len(responses), num_tokens))
+    return batches
+
+
+def num_input_tokens(response: Response) -> int:
+    """Count the tokens that a prompt and its response put into the model."""
+    return len(response.prompt.ids) + len(response.ids) - 1
+
+
+def make_micro_batch(
+    responses: list[Response],
+    temperature: float,
+    weight: float,
+    num_sequences: int,
+    num_tokens: int,
+) -> MicroBatch:
+    """Pack these responses into one micro-batch."""
+    inputs, lengths = pack([r.prompt.ids for r in responses], [r.ids for r in responses])
+    inputs["temperature"] = temperature
+    numbers = {}
+    for name in responses[0].numbers:
+        numbers[name] = torch.tensor([r.numbers[name] for r in responses], device=DEVICE)
+    sampler_logp = None
+    if all(len(r.sampler_logp) == len(r.ids) for r in responses):
+        all_logp = [logp for r in responses for logp in r.sampler_logp]
+        sampler_logp = torch.tensor(all_logp, device=DEVICE)
+    return MicroBatch(
+        responses=responses,
+        inputs=inputs,
+        lengths=lengths,
+        rewards=torch.tensor([r.reward for r in responses], device=DEVICE),
+        numbers=numbers,
+        sampler_logp=sampler_logp,
+        weight=weight,
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sequence, in the form that transformers calls.
+
+    Takes (1, heads, T, dim) and returns (1, T, heads, dim). transformers would build a mask for
+    packed sequences only under conditions that are easily missed, and then attend across them
+    without a word. Here the bounds of the sequences are given, and nothing is left to be guessed.
+    """
+    # (T, heads, dim)
+    query = query[0].transpose(0, 1)
+    key = key[0].transpose(0, 1)
+    value = value[0].transpose(0, 1)
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),  # causal; the default is not
+            enable_gqa=True,
+        )
+        return out[None], None
+
+    # There is no such kernel for CPUs. Pad at the end, where no causal mask looks, for attention
+    # alone. One sequence after another would be faster only where lengths differ much.
+    sequence_lengths = cu_seq_lens_q.diff()
+    is_token = torch.arange(max_length_q) < sequence_lengths[:, None]  # (B, longest)
+
+    def pad(tokens: Tensor) -> Tensor:
+        padded = tokens.new_zeros(is_token.shape + tokens.shape[1:])
+        padded.index_put_((is_token,), tokens)
+        return padded.transpose(1, 2)  # (B, heads, longest, dim)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        pad(query), pad(key), pad(value), is_causal=True, enable_gqa=True, scale=scaling
+    )
+    return out.transpose(1, 2)[is_token][None], None
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+class Policy(torch.nn.Module):
+    """A causal language model that gives the log-probs of response tokens, and never its logits."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, rows: Tensor, targets: Tensor, temperature: float, **inputs: Any) -> Tensor:
+        """Run packed sequences (see `pack`); ln pi of each response token, (R,) float32."""
+        hidden = self.lm.base_model(use_cache=False, **inputs).last_hidden_state[0]
+        # In the forward pass of FSDP's root the head is whole, on every rank.
+        head = self.lm.get_output_embeddings().weight
+        return losses.token_logprob(hidden[rows], head, targets, temperature)
+
+    def load_into(self, llm: Any) -> None:
+        """Stream the weights into the engine; all ranks must call it together.
+
+        Weights travel one at a time, in bf16 on GPUs, so that no second copy of the model is made.
+        A head tied to the embedding travels twice: a CPU engine has a packed copy of it.
+        """
+
+        def whole_weights() -> Any:
+            for name, shard in self.lm.state_dict().items():
+                yield name, shard.to(COMPUTE_DTYPE).full_tensor()
+
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights()})
+
+
+def make_mesh() -> DeviceMesh:
+    """Lay out the ranks: weights are sharded inside a machine and replicated across machines."""
+    ranks_per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    num_machines = dist.get_world_size() // ranks_per_machine
+    if num_machines == 1:
+        return init_device_mesh(DEVICE, (ranks_per_machine,), mesh_dim_names=("shard",))
+    shape = (num_machines, ranks_per_machine)
+    return init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def load_policy(
+    folder: Path,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    offload: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """Load a model, with weights kept in `dtype`, and shard it over the mesh.
+
+    Raises UserError for a model whose log-probs would come out wrong.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("packed", packed_attention)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
+    check_supported(lm)
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm)
+    shard([*lm.base_model.layers, policy], mesh, offload)
+    return policy.train()
+
+
+def check_supported(lm: torch.nn.Module) -> None:
+    """Raise UserError for a model whose head or attention the code above does not do."""
+    config = lm.config.to_dict()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if name in config:
+            raise UserError(f"{lm.config.model_type} is not supported: its config has {name}")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise UserError(f"{lm.config.model_type} is not supported: it has sliding-window attention")
+    if lm.get_output_embeddings().bias is not None:
+        raise UserError(f"{lm.config.model_type} is not supported: its head has a bias")
+
+
+def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = False) -> None:
+    """Shard modules with FSDP2: the layers first, and last the module that holds them all.
+
+    FSDP gathers a layer's weights just before they are used, and frees them after. Weights are used
+    in COMPUTE_DTYPE; gradients are averaged over the ranks in float32.
+
+    On a CPU gathering costs time and there is room, so gathered weights are kept. On a GPU the root
+    is freed after its forward pass too: the backward pass gathers the head once more, but the
+    reference's head does not stay in memory.
+    """
+    options = {
+        "mesh": mesh,
+        "mp_policy": fsdp.MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32),
+        "reshard_after_forward": ON_GPU,
+    }
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy()
+    for module in modules:
+        fsdp.fully_shard(module, **options)
+
+
+def add_ref_logp(ref: Policy, updates: list[list[MicroBatch]]) -> None:
+    """Give every micro-batch of every update its ln pi_ref.
+
+    The reference runs in the very shapes in which the policy will: only then is the log-ratio
+    exactly 0 before the first update.
+    """
+    with torch.no_grad():
+        for batches in updates:
+            for batch in batches:
+                batch.ref_logp = ref(**batch.inputs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer | None,
+    reference: Path,
+) -> None:
+    """Write a folder that from_pretrained and vLLM load as it is; all ranks must call it together.
+
+    With an optimizer it is a checkpoint: float32 weights, and the optimizer's state under trainer/,
+    of which every rank writes its own part. Without one it is the finished model, in bf16 on GPUs.
+    The folder gets its name last, when everything in it is on the disk.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+
+    dtype = COMPUTE_DTYPE if optimizer is None else torch.float32
+    weights = {}
+    # named_parameters has a head that is tied to the embedding only once.
+    for name, parameter in policy.lm.named_parameters():
+        weight = parameter.detach().to(dtype).full_tensor()
+        if dist.get_rank() == 0:
+            weights[name] = weight.cpu()
+    if optimizer is not None:
+        state = dcp_state.get_optimizer_state_dict(policy, optimizer)
+        dcp.save({"optimizer": state}, checkpoint_id=unfinished / "trainer")
+
+    if dist.get_rank() == 0:
+        copy_model_files(reference, unfinished, dtype)
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        write_manifest(unfinished, step)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        files.sync_folder(folder.parent)
+    dist.barrier()
+
+
+def copy_model_files(reference: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy what a model needs beside its weights: config and tokenizer."""
+    for path in files.model_files(reference):
+        if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.copy(path, folder)
+    config = files.read_json(reference / "config.json")
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Flush every file of a folder to the disk, and list their sizes in manifest.json."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    files.write_json(folder / "manifest.json", {"step": step, "files": sizes})
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the step at which a folder was saved; None if it is missing or damaged."""
+    try:
+        manifest = files.read_json(folder / "manifest.json")
+        for name, size in manifest["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        return int(manifest["step"])
+    except (UserError, OSError, KeyError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints step-N in a folder, the newest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole; a damaged one is renamed damaged-*, and told."""
+    for path in list_checkpoints(folder):
+        if saved_step(path) == int(path.name.removeprefix("step-")):
+            return path
+        damaged = path.with_name(f"damaged-{time.time():.0f}-{path.name}")
+        path.rename(damaged)
+        print(
+            f"{path} is damaged: it is called {damaged.name} now, and the one before it is used",
+            file=sys.stderr,
+        )
+    return None
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what a kill left unfinished."""
+    for path in [*list_checkpoints(folder)[keep:], *folder.glob(".*.unfinished")]:
+        shutil.rmtree(path)
+
+
+def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's state from a checkpoint, also one of another number of ranks."""
+    state = {"optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "trainer")
+    dcp_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"])

@@ -1,0 +1,430 @@
+r"""The tasks: where rows come from, how a row becomes a prompt, and which function scores it.
+
+A task is one entry of `DATASETS`. To train on another one, add an entry and, unless it is
+mathematics, one reward function:
+
+    DATASETS["reverse"] = Dataset(
+        source="data/reverse-{split}.jsonl",      # or a hub id
+        splits={"train": "train", "test": "test"},
+        question=lambda row: "Write backwards: " + row["word"],
+        answer=lambda row: row["word"][::-1],
+        template="{question}\n",
+        reward=reverse_reward,                    # (response, row) -> any float
+    )
+
+Nothing else changes in any stage. All columns of the source reach the reward in `row`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from apo import files, math_reward
+from apo.files import UserError
+
+BOXED_TEMPLATE = "{question}\nLet's think step by step, and put the final answer in \\boxed{}.\n"
+
+
+def score_mathematics(response: str, row: dict) -> float:
+    """Score a response by the answer in its last box: 1.0 if it equals the row's, else 0.0."""
+    return math_reward.reward(response, row["answer"])
+
+
+# ---------------------------------------------------------------------------------------------
+# How an answer is read from the columns of the mathematical sets
+
+
+def boxed_solution(row: dict) -> str | None:
+    """MATH has worked solutions; the answer is in the last box."""
+    return math_reward.last_box(str(row["solution"]))
+
+
+def after_hashes(row: dict) -> str:
+    """GSM8K has worked solutions; the answer follows `####`."""
+    return str(row["answer"]).split("####")[-1].strip()
+
+
+def only_answer(row: dict) -> Any:
+    """OlympiadBench has a list with one answer."""
+    answers = row["final_answer"]
+    return answers[0] if answers else None
+
+
+def problem_column(row: dict) -> str:
+    """Read the question of sets that call it "problem"."""
+    return row["problem"]
+
+
+def question_column(row: dict) -> str:
+    """Read the question of sets that call it "question"."""
+    return row["question"]
+
+
+def answer_column(row: dict) -> Any:
+    """Read the answer of sets that call it "answer"."""
+    return row["answer"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One task: its rows, its prompt and its reward."""
+
+    # A hub id, or a local file with {split} in its name.
+    source: str
+    # What serves as "train" and as "test": the source's own names. Stage 1 takes "train" first,
+    # stage 3 "test". The only split of many benchmarks is called "train".
+    splits: dict[str, str]
+    question: Callable[[dict], str]
+    answer: Callable[[dict], Any]
+    # The hub's name for one of several configurations.
+    config: str | None = None
+    # {question} is replaced by the row's question.
+    template: str = BOXED_TEMPLATE
+    # From the text of a response and its row to any finite number.
+    reward: Callable[[str, dict], float] = score_mathematics
+    # What stage 2 evaluates on by default when it trains on this set.
+    test_set: str = "none"
+
+
+DATASETS = {
+    "math": Dataset(
+        source="DigitalLearningGmbH/MATH-lighteval",
+        splits={"train": "train"},
+        question=problem_column,
+        answer=boxed_solution,
+        test_set="math500",
+    ),
+    "gsm8k": Dataset(
+        source="openai/gsm8k",
+        config="main",
+        splits={"train": "train", "test": "test"},
+        question=question_column,
+        answer=after_hashes,
+        test_set="gsm8k",
+    ),
+    "math500": Dataset(
+        source="HuggingFaceH4/MATH-500",
+        splits={"test": "test"},
+        question=problem_column,
+        answer=answer_column,
+    ),
+    "minerva": Dataset(
+        source="math-ai/minervamath",
+        splits={"test": "test"},
+        question=question_column,
+        answer=answer_column,
+    ),
+    "amc23": Dataset(
+        source="math-ai/amc23",
+        splits={"test": "test"},
+        question=question_column,
+        answer=answer_column,
+    ),
+    "aime24": Dataset(
+        source="HuggingFaceH4/aime_2024",
+        splits={"test": "train"},
+        question=problem_column,
+        answer=answer_column,
+    ),
+    "aime25": Dataset(
+        source="math-ai/aime25",
+        splits={"test": "test"},
+        question=problem_column,
+        answer=answer_column,
+    ),
+    "hmmt_feb_2024": Dataset(
+        source="MathArena/hmmt_feb_2024",
+        splits={"test": "train"},
+        question=problem_column,
+        answer=answer_column,
+    ),
+    "hmmt_feb_2025": Dataset(
+        source="MathArena/hmmt_feb_2025",
+        splits={"test": "train"},
+        question=problem_column,
+        answer=answer_column,
+    ),
+    "olympiadbench": Dataset(
+        source="Hothan/OlympiadBench",
+        config="OE_TO_maths_en_COMP",
+        splits={"test": "train"},
+        question=question_column,
+        answer=only_answer,
+    ),
+}
+
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+
+
+def find_task(name: str) -> str:
+    """Return the entry of DATASETS that scores the rows of `name`; local files are mathematics."""
+    return "math" if is_file(name) else name
+
+
+def is_file(name: str) -> bool:
+    """Say whether `name` is meant as a local file."""
+    return Path(name).suffix.lower() in FILE_TYPES
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+
+
+def load_problems(name: str, serves: str | None = None) -> list[dict]:
+    """Load the rows of a registered dataset, or of a .jsonl, .json or .parquet file.
+
+    Each row keeps its columns and gets "id", "question", "answer" and "_task", the entry of
+    DATASETS that scores it. A file has columns "question" and "answer", and may have "id".
+
+    `serves` is "train" or "test"; None takes the first that the dataset has. Raises UserError if
+    the rows cannot be loaded. An answer that cannot be graded is kept: `keep_gradable` finds it.
+    """
+    if is_file(name):
+        sources = read_rows(Path(name))
+        check_columns(sources, name)
+        rows = [make_row(row, "math", question_column, answer_column) for row in sources]
+        default_id = Path(name).stem
+    else:
+        dataset = find_dataset(name, serves)
+        sources = read_split(dataset, name, serves)
+        rows = [make_row(row, name, dataset.question, dataset.answer) for row in sources]
+        default_id = name
+    if not rows:
+        raise UserError(f"{name} has no rows")
+
+    # A file's own ids are kept. Hub sets are numbered, so that the ids of all sets look alike.
+    local = is_file(name) or "{split}" in dataset.source
+    seen = set()
+    for i, row in enumerate(rows):
+        if not local or row.get("id") is None:
+            row["id"] = f"{default_id}/{i}"
+        row["id"] = clean_text(str(row["id"]))
+        if row["id"] in seen:
+            raise UserError(f"{name}, row {i + 1}: an earlier row has the same id, {row['id']!r}")
+        seen.add(row["id"])
+        if not row["question"].strip():
+            raise UserError(f"{name}, row {i + 1}: its question is empty")
+    return rows
+
+
+def find_dataset(name: str, serves: str | None) -> Dataset:
+    """Look up a registered dataset; UserError lists the names that would do."""
+    dataset = DATASETS.get(name)
+    if dataset is not None and (serves is None or serves in dataset.splits):
+        return dataset
+    known = [n for n, d in DATASETS.items() if serves is None or serves in d.splits]
+    purpose = f" to {serves} on" if serves else ""
+    raise UserError(
+        f"no dataset {name!r}{purpose}: give a .jsonl, .json or .parquet file, or one of "
+        f"{', '.join(sorted(known))}"
+    )
+
+
+def read_split(dataset: Dataset, name: str, serves: str | None) -> list[dict]:
+    """Read the rows of a registered dataset, from a local file or from the hub."""
+    split = dataset.splits[serves or next(iter(dataset.splits))]
+    if "{split}" in dataset.source:
+        return read_rows(Path(dataset.source.replace("{split}", split)))
+    import datasets  # here, as it takes a second
+
+    try:
+        loaded = datasets.load_dataset(dataset.source, dataset.config, split=split)
+    except Exception as error:  # the hub and the library raise a dozen unrelated types
+        reason = " ".join(str(error).split())
+        what = f"cannot load {name} from the hub ({dataset.source})"
+        raise UserError(f"{what}: {reason:.300}") from error
+    return list(loaded)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the rows of a local file; UserError says what is wrong and where."""
+    if path.suffix.lower() == ".jsonl":
+        return files.read_jsonl(path)
+    if path.suffix.lower() == ".parquet":
+        import datasets
+
+        try:
+            return datasets.Dataset.from_parquet(str(path)).to_list()
+        except Exception as error:  # pyarrow and the library raise a dozen unrelated types
+            raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        rows = json.loads(files.read_text(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"cannot read {path}: it is not a list of rows")
+    return rows
+
+
+def check_columns(rows: list, name: str) -> None:
+    """Raise UserError for the first row without a text "question" and an "answer"."""
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, row {number} is not an object: {row!r:.60}")
+        if not isinstance(row.get("question"), str):
+            raise UserError(f'{name}, row {number} has no text "question": {row!r:.60}')
+        if "answer" not in row:
+            raise UserError(f'{name}, row {number} has no "answer": {row!r:.60}')
+
+
+def make_row(
+    source: dict, task: str, question: Callable[[dict], str], answer: Callable[[dict], Any]
+) -> dict:
+    """Add to a source's row what all stages need; its other columns stay."""
+    row = dict(source)
+    row["question"] = clean_text(question(source))
+    row["answer"] = answer(source)
+    row["_task"] = task
+    return row
+
+
+def clean_text(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
+def keep_gradable(name: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
+    """Split off the rows of mathematics whose answer cannot be graded.
+
+    Returns the other rows, and for each row that was split off a sentence with its id and reason.
+    Raises UserError if no row is left.
+    """
+    gradable = []
+    reasons = []
+    for row in rows:
+        if DATASETS[row["_task"]].reward is not score_mathematics:
+            gradable.append(row)
+            continue
+        try:
+            answer = math_reward.check_answer(row["answer"])
+        except ValueError as error:
+            reasons.append(f"{row['id']}: its answer is {error}")
+            continue
+        gradable.append(row | {"answer": answer})
+    if not gradable:
+        raise UserError(f"{name}: no row has an answer that can be graded ({reasons[0]})")
+    return gradable, reasons
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStyle:
+    """How a question becomes a prompt. It is part of every header, since it decides pi_ref."""
+
+    template: str = BOXED_TEMPLATE
+    chat_template: bool = False
+    system_prompt: str | None = None
+    chat_template_kwargs: dict | None = None
+
+
+PLAIN = PromptStyle()  # as for base models: the template alone
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prompt, ready for the engine, with the row that the reward will need."""
+
+    row: dict
+    text: str
+    ids: list[int]
+
+
+def prompt_style(
+    template: str, chat_template: bool, system_prompt: str | None, chat_template_kwargs: str | None
+) -> PromptStyle:
+    """Read the prompt flags; UserError if they do not fit together."""
+    kwargs = None
+    if chat_template_kwargs is not None:
+        try:
+            kwargs = json.loads(chat_template_kwargs)
+        except ValueError:
+            kwargs = None
+        if not isinstance(kwargs, dict):
+            raise UserError(
+                f"--chat-template-kwargs {chat_template_kwargs!r} is not a JSON object such as "
+                "'{\"enable_thinking\": false}'"
+            )
+    if not chat_template and (system_prompt is not None or kwargs is not None):
+        raise UserError("--system-prompt and --chat-template-kwargs need --chat-template")
+    return PromptStyle(template, chat_template, system_prompt, kwargs)
+
+
+def format_prompt(question: str, style: PromptStyle = PLAIN, chat_tokenizer: Any = None) -> str:
+    """Write the prompt for a question, in the tokenizer's chat template if the style says so."""
+    # Not str.format: questions and templates are full of braces.
+    prompt = style.template.replace("{question}", question)
+    if not style.chat_template:
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    if style.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": style.system_prompt})
+    try:
+        return chat_tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            **(style.chat_template_kwargs or {}),
+        )
+    except Exception as error:  # a template is a program of the model's author: it raises anything
+        raise UserError(f"--chat-template: the tokenizer's template fails ({error})") from error
+
+
+def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None = None) -> Prompt:
+    """Make the prompt of a row; `text` is given where stage 1 has already written it."""
+    if text is None:
+        text = format_prompt(row["question"], style, tokenizer)
+    # A chat template has already written the special tokens, such as BOS.
+    ids = tokenizer.encode(text, add_special_tokens=not style.chat_template)
+    return Prompt(row, text, ids)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards
+
+
+def reward(response: str, row: Any) -> float:
+    """Score a response to a row; anything but a row is taken as the answer of a math problem.
+
+    Raises what the task's reward function raises: that is a fault in its code, not in the response.
+    """
+    if not isinstance(row, dict):
+        return math_reward.reward(response, row)
+    dataset = DATASETS[row.get("_task", "math")]
+    return float(dataset.reward(response, row))
+
+
+def submit_reward(response: str, row: dict) -> Future:
+    """Start scoring a response; the future's result is the reward.
+
+    Mathematics is scored in worker processes where it takes algebra, which can hang. Any other
+    reward is called at once. If it raises, or returns no finite number, the run stops with the
+    traceback and the row's id.
+    """
+    if DATASETS[row.get("_task", "math")].reward is score_mathematics:
+        return math_reward.submit(response, row["answer"])
+    try:
+        value = reward(response, row)
+    except Exception as error:
+        raise RuntimeError(f"the reward function failed on row {row['id']!r}") from error
+    if not math.isfinite(value):
+        raise RuntimeError(f"the reward function gave {value} on row {row['id']!r}")
+    future = Future()
+    future.set_result(value)
+    return future
+
+
+def reward_name(task: str) -> str:
+    """Name the reward function of a task, for the headers of values and results."""
+    function = DATASETS[task].reward
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,145 @@
+"""The folder of a training run: its settings, its logs, and where to continue.
+
+RUN/config.json has the settings, RUN/metrics.jsonl and RUN/samples.jsonl a line for each step and
+response, RUN/checkpoints/ and RUN/final/ the weights.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apo import files
+from apo.engine import Response
+from apo.policy import find_checkpoint, saved_step
+
+# What --resume may change: how long a run is and the hardware it runs on, not what it computes.
+FREE_ON_RESUME = (
+    "resume",
+    "out",
+    "values",
+    "model",
+    "num_steps",
+    "save_every",
+    "keep_checkpoints",
+    "log_samples",
+    "tracker",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "offload_ref",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+)
+
+
+class Progress(NamedTuple):
+    """How far an earlier run in the same folder came."""
+
+    finished: bool  # there is nothing left to do
+    checkpoint: Path | None  # to continue from; None starts from the reference
+    step: int  # of the checkpoint; 0 without one
+
+
+def open_run(config: dict, log: "RunLog") -> Progress:
+    """Take the run's folder for this process, and find where to continue.
+
+    Raises UserError if another process has it, or if it is a run with other settings.
+    """
+    out = Path(config["out"])
+    log.open()
+    if (out / "config.json").exists():
+        wanted = {name: v for name, v in config.items() if name not in FREE_ON_RESUME}
+        files.refuse_difference(str(out), files.read_json(out / "config.json"), wanted)
+    final_step = saved_step(out / "final")
+    if final_step is not None and final_step >= config["num_steps"]:
+        return Progress(True, None, final_step)
+    checkpoint = find_checkpoint(out / "checkpoints")
+    step = saved_step(checkpoint) if checkpoint else 0
+    files.write_json(out / "config.json", config)
+    log.forget_after(step)
+    return Progress(False, checkpoint, step)
+
+
+class RunLog:
+    """What rank 0 writes for every step: metrics.jsonl, samples.jsonl, a line on the terminal."""
+
+    def __init__(self, out: Path, num_steps: int) -> None:
+        self.out = out
+        self.num_steps = num_steps
+        self.seconds = []  # of the steps since the start
+        self.tracker = None
+
+    def open(self) -> None:
+        """Open both files, for this process alone."""
+        self.metrics_file = files.lock(self.out / "metrics.jsonl")
+        self.samples_file = files.lock(self.out / "samples.jsonl")
+
+    def forget_after(self, last_step: int) -> None:
+        """Drop the lines of steps that run again; without a checkpoint, of all of them."""
+        for file in (self.metrics_file, self.samples_file):
+            lines = files.read_whole_lines(Path(file.name))
+            file.truncate(0)
+            if last_step > 0:
+                for line in lines:
+                    if line.get("step", 0) <= last_step:
+                        file.write(json.dumps(line) + "\n")
+            file.flush()
+
+    def start_tracker(self, name: str, config: dict) -> None:
+        """Send the metrics to wandb or trackio as well; the two have the same functions."""
+        self.tracker = importlib.import_module(name)
+        self.tracker.init(project="a-star-po", name=self.out.name, config=config)
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write one step's metrics."""
+        self.metrics_file.write(json.dumps(metrics) + "\n")
+        self.metrics_file.flush()
+        if self.tracker is not None:
+            self.tracker.log(metrics, step=metrics["step"])
+        print(self.describe(metrics), flush=True)
+
+    def write_samples(
+        self, step: int, responses: list[Response], logratios: dict[int, float]
+    ) -> None:
+        """Write some responses of a step; `logratios` are by the response's index."""
+        for response in responses:
+            sample = {
+                "step": step,
+                "id": response.prompt.row["id"],
+                "prompt": response.prompt.text,
+                "output": response.text,
+                "finished": response.finished,
+                "reward": response.reward,
+                "v_star": response.numbers["v_star"],
+                "logratio": logratios.get(response.index),
+            }
+            self.samples_file.write(json.dumps(sample) + "\n")
+        self.samples_file.flush()
+
+    def describe(self, metrics: dict[str, Any]) -> str:
+        """Say in one line of at most 100 columns how far the run is."""
+        parts = [f"step {metrics['step']}/{self.num_steps}"]
+        if "reward" in metrics:
+            self.seconds.append(metrics["seconds_total"])
+            recent = self.seconds[-20:]
+            left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)
+            parts.append(f"reward {metrics['reward']:.3f}")
+            parts.append(f"V* {metrics['v_star']:.3f}")
+            if "logratio" in metrics:
+                parts.append(f"KL {metrics['logratio']:.3g}")
+            parts.append(f"length {metrics['response_tokens']:.0f}")
+            parts.append(f"{metrics['seconds_total']:.1f} s")
+            parts.append(f"{describe_seconds(left)} left")
+        if "eval_accuracy" in metrics:
+            parts.append(f"test {metrics['eval_accuracy']:.1%}")
+        return "  ".join(parts)
+
+
+def describe_seconds(seconds: float) -> str:
+    """Write a time for a person: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

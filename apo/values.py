@@ -1,0 +1,124 @@
+"""The values file, which stage 1 writes and stage 2 reads: its shape and its range are checked.
+
+It is ordinary JSON, {"header": {...}, "prompts": [...]}, which a person may write or edit by hand.
+A header needs "model", "beta1", "temperature", "max_prompt_tokens" and "max_tokens"; a prompt needs
+"id", "prompt", "answer" and "rewards". The V* beside the rewards is for people: stage 2 computes it
+again.
+"""
+
+import dataclasses
+from typing import Any
+
+from apo import files, problems
+from apo.files import UserError
+from apo.problems import Prompt, PromptStyle
+
+
+@dataclasses.dataclass
+class Values:
+    """A values file, checked."""
+
+    header: dict  # what was left out is filled in
+    entries: list[dict]  # one for each prompt
+    style: PromptStyle
+    digest: str  # of the content, so that a run is not resumed with other values
+
+
+def load_values(path: str) -> Values:
+    """Read and check a values file. UserError names the field or the prompt that is wrong."""
+    document = files.read_json(path)
+    header = check_header(document, path)
+    entries = check_entries(document, path)
+    style = PromptStyle(
+        template=header["prompt_template"],
+        chat_template=header["chat_template"],
+        system_prompt=header["system_prompt"],
+        chat_template_kwargs=header["chat_template_kwargs"],
+    )
+    digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
+    return Values(header, entries, style, digest)
+
+
+def check_header(document: dict, name: str) -> dict:
+    """Check a values file's header, and fill in what a file written by hand may leave out."""
+    header = {
+        "task": "math",
+        "dataset": name,
+        "prompt_template": problems.BOXED_TEMPLATE,
+        "chat_template": False,
+        "system_prompt": None,
+        "chat_template_kwargs": None,
+        "model_fingerprint": None,
+    }
+    given = document.get("header")
+    if not isinstance(given, dict):
+        raise UserError(f'{name} has no "header": is it a values file of stage 1?')
+    header.update(given)
+    ranges = {
+        "beta1": (0.0, float("inf")),
+        "temperature": (0.0, 1e300),
+        "max_prompt_tokens": (0, 1e300),
+        "max_tokens": (0, 1e300),
+    }
+    for field, (low, high) in ranges.items():
+        value = header.get(field)
+        if type(value) not in (int, float) or not low < value <= high:
+            raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
+    if not isinstance(header.get("model"), str):
+        raise UserError(f'{name}: its header does not say which "model" is the reference')
+    if header["task"] not in problems.DATASETS:
+        raise UserError(
+            f"{name} is for the task {header['task']!r}, which apo/problems.py does not list"
+        )
+    header["reward"] = problems.reward_name(header["task"])
+    files.refuse_difference(name, header | given, {"reward": header["reward"]})
+
+    folder = files.model_folder(header["model"])
+    fingerprint = files.model_fingerprint(folder)
+    if header["model_fingerprint"] is not None:
+        what = f"{name} (its reference {header['model']} has changed since; it)"
+        files.refuse_difference(what, header, {"model_fingerprint": fingerprint})
+    header["model_fingerprint"] = fingerprint
+    if header["max_prompt_tokens"] + header["max_tokens"] > files.context_length(folder):
+        raise UserError(f"{name}: its longest prompt and response do not fit into the model")
+    return header
+
+
+def check_entries(document: dict, name: str) -> list[dict]:
+    """Check the prompts of a values file, and name the row in which something is wrong."""
+    entries = document.get("prompts")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{name} has no "prompts": is it a values file of stage 1?')
+    seen = set()
+    for number, entry in enumerate(entries, start=1):
+        where = f"{name}, prompt {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is not an object: {entry!r:.60}")
+        for field in ("id", "prompt"):
+            if not isinstance(entry.get(field), str):
+                raise UserError(f'{where} has no text "{field}"')
+        if "answer" not in entry:
+            raise UserError(f'{where} has no "answer"')
+        if entry["id"] in seen:
+            raise UserError(f"{where}: an earlier prompt has the same id, {entry['id']!r}")
+        seen.add(entry["id"])
+        rewards = entry.get("rewards")
+        if not isinstance(rewards, list) or not rewards:
+            raise UserError(f'{where} ({entry["id"]}) has no list "rewards"')
+        for reward in rewards:
+            if type(reward) not in (int, float) or not abs(reward) < float("inf"):
+                raise UserError(f"{where} ({entry['id']}): the reward {reward!r} is not a number")
+    return entries
+
+
+def make_prompts(entries: list[dict], values: Values, tokenizer: Any) -> list[Prompt]:
+    """Make the prompts of some entries of a values file, as stage 1 wrote them."""
+    prompts = []
+    for entry in entries:
+        row = dict(entry.get("row", {}))
+        row["id"] = entry["id"]
+        row["question"] = entry.get("question", "")
+        row["answer"] = entry["answer"]
+        row["_task"] = values.header["task"]
+        prompts.append(problems.make_prompt(row, values.style, tokenizer, entry["prompt"]))
+    return prompts
