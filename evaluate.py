@@ -1,21 +1,32 @@
 """Stage 3: score a model on math benchmarks, mean@n and pass@k with standard errors.
 
 As in the paper, each problem of the large sets gets one greedy answer, and each of AMC, AIME and
-HMMT 32 samples at temperature 1. All samples are saved. If this is killed and started again with
-the same flags, it continues.
+HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little. What is printed:
+
+- mean: the fraction of right answers, averaged over the problems, with its standard error over the
+  problems. A response that does not end within --max-tokens counts as wrong, as in training.
+- any end: the same with that rule waived. Base models often ramble on after the answer.
+- truncated: the fraction of responses that did not end.
+- pass@k: the chance that one of k samples is right, estimated without bias from all n.
+
+OUT/NAME.jsonl has every sample, OUT/summary.json the scores. If this is killed and started again
+with the same flags, it continues. A model that train_online.py made is asked as it was trained: its
+run's config.json says how.
 """
 
+import apo  # noqa: F401 - first, since it says what to do without the environment
+
+# isort: split
 import argparse
-import dataclasses
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import apo  # noqa: F401, I001 - first, since it says what to do without the environment
 import torch
 
 from apo import command_line, engine, files, math_reward, problems
+from apo.command_line import fraction, positive_integer, temperature, whole_number
 from apo.files import UserError
 from apo.problems import PromptStyle
 from losses import pass_at_k
@@ -26,7 +37,7 @@ EXAMPLES = """examples:
   python evaluate.py --model runs/math/final --benchmarks amc23,aime24 --out results/small
   python evaluate.py --grade results/math/math500.jsonl       score saved outputs again, no model
 """
-# Sets of 30 or 40 problems: one answer to each would tell little.
+# Sets of 30 or 40 problems.
 SMALL_BENCHMARKS = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")
 SAMPLES_OF_SMALL = 32
 LONGEST_PROMPT = 4096  # tokens; no benchmark has a longer one
@@ -35,47 +46,32 @@ LONGEST_PROMPT = 4096  # tokens; no benchmark has a longer one
 def make_parser() -> argparse.ArgumentParser:
     """Describe the flags. The defaults are the published evaluation of the MATH run."""
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
-    group = parser.add_argument_group("what to score")
-    group.add_argument("--model", default="runs/math/final", help="a folder or a hub id")
-    group.add_argument(
+    add = parser.add_argument_group("what to score").add_argument
+    add("--model", default="runs/math/final", help="a folder or a hub id")
+    add(
         "--benchmarks",
         default="math500,minerva,olympiadbench,amc23",
-        help="names and files, with commas between them; names: "
-        + ", ".join(sorted(n for n, d in problems.DATASETS.items() if "test" in d.splits)),
+        help="with commas between them; each is one of " + problems.describe("test"),
     )
-    group.add_argument(
-        "--limit",
-        type=command_line.whole_number,
-        default=0,
-        help="use only the first so many problems of each; 0 uses all",
-    )
-    group.add_argument(
+    add("--limit", type=whole_number, default=0, help="use only the first so many; 0 uses all")
+    add(
         "--num-samples",
-        type=command_line.positive_integer,
-        help="samples per problem; by default 32 for AMC, AIME and HMMT and 1 for the others",
+        type=positive_integer,
+        help="samples per problem; by default 32 for AMC, AIME and HMMT, and 1 for the others",
     )
-    group.add_argument(
+    add(
         "--temperature",
-        type=command_line.temperature,
+        type=temperature,
         help="sampling temperature, 0 is greedy; by default 0 for one sample and 1 for more",
     )
-    group.add_argument(
-        "--top-p",
-        type=command_line.fraction,
-        default=1.0,
-        help="sample from the most likely tokens that hold this share of the probability",
-    )
-    group.add_argument(
+    add("--top-p", type=fraction, default=1.0, help="share of the probability to sample from")
+    add(
         "--max-tokens",
-        type=command_line.positive_integer,
+        type=positive_integer,
         help="longest response, in tokens; by default what the model was trained with, else 1024",
     )
-    group.add_argument("--out", default="results/math", help="folder of samples and summary.json")
-    group.add_argument(
-        "--grade",
-        metavar="FILE",
-        help="score this file of saved outputs (answer, output and perhaps finished, id) instead",
-    )
+    add("--out", default="results/math", help="folder of the samples and of summary.json")
+    add("--grade", metavar="FILE", help="score this file of saved outputs instead of a model")
     command_line.add_prompt_flags(parser)
     command_line.add_engine_flags(parser, gpu_share=0.9)
     return parser
@@ -92,6 +88,7 @@ def score(records: list[dict]) -> dict:
     the standard error over problems; the rest is over samples. `mean_any_end` waives the rule that
     a response without EOS earns 0, since base models ramble on after the answer.
     """
+    # Samples of one problem are alike, so the standard error is over problems, not over samples.
     rewards_of = {}
     for record in records:
         rewards_of.setdefault(record["id"], []).append(record["reward"])
@@ -101,6 +98,7 @@ def score(records: list[dict]) -> dict:
         stderr = statistics.stdev(problem_means) / len(problem_means) ** 0.5
     num_samples = min(len(rewards) for rewards in rewards_of.values())
 
+    # What did not finish was never scored, so it is scored here.
     unfinished = [record for record in records if not record["finished"]]
     rewards_any_end = [record["reward"] for record in records if record["finished"]]
     rewards_any_end += grade_outputs(unfinished)
@@ -133,7 +131,10 @@ def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, fl
 
 
 def grade_outputs(records: list[dict]) -> list[float]:
-    """Score outputs whatever their end; each record has its row under "row", or an answer."""
+    """Score outputs whatever their end.
+
+    A record has its dataset row under "row"; without one its answer is graded as mathematics.
+    """
     futures = []
     for record in records:
         row = record.get("row") or {"id": record["id"], "answer": record["answer"]}
@@ -154,7 +155,11 @@ def print_table(benchmarks: dict[str, dict]) -> None:
 
 
 def grade_file(path: Path) -> dict:
-    """Score saved outputs again; UserError unless every row has an answer and an output."""
+    """Score saved outputs again, ours or anyone's, as mathematics.
+
+    Every row needs "answer" and "output". "finished" is true, "tokens" 0 and "id" the row's number
+    if they are missing. Raises UserError that names the first row with something wrong.
+    """
     records = []
     for number, row in enumerate(problems.read_rows(path), start=1):
         record = {"id": f"row {number}", "finished": True, "tokens": 0} | row
@@ -170,6 +175,7 @@ def grade_file(path: Path) -> dict:
             record["id"] = f"row {number}"
         record["_task"] = "math"
         records.append(record)
+    # Rows that cannot be graded are named. They stay in the score, as wrong.
     _, reasons = problems.keep_gradable(str(path), records)
     print_ungradable(reasons)
     finished = [record for record in records if record["finished"]]
@@ -214,14 +220,6 @@ def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
         system_prompt=trained_with.get("system_prompt"),
         chat_template_kwargs=trained_with.get("chat_template_kwargs"),
     )
-
-
-def style_of_benchmark(style: PromptStyle, task: str, trained_with: dict) -> PromptStyle:
-    """Ask a benchmark with the template of training, if it has the reward of training."""
-    reward = trained_with.get("reward", problems.reward_name("math"))
-    if problems.reward_name(task) == reward:
-        return style
-    return dataclasses.replace(style, template=problems.DATASETS[task].template)
 
 
 def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
@@ -295,9 +293,9 @@ def sample_benchmark(
     num_samples = args.num_samples
     if num_samples is None:
         num_samples = SAMPLES_OF_SMALL if path.stem in SMALL_BENCHMARKS else 1
-    temperature = args.temperature
-    if temperature is None:
-        temperature = 0.0 if num_samples == 1 else 1.0
+    sampling_temperature = args.temperature
+    if sampling_temperature is None:
+        sampling_temperature = 0.0 if num_samples == 1 else 1.0
     prompts = []
     for row in rows:
         prompt = problems.make_prompt(row, style, llm.get_tokenizer())
@@ -310,7 +308,7 @@ def sample_benchmark(
         path,
         identity,
         args.seed,
-        temperature,
+        sampling_temperature,
         args.max_tokens,
         args.top_p,
     )
@@ -335,8 +333,10 @@ def main() -> None:
     if args.max_tokens is None:
         args.max_tokens = trained_with.get("max_tokens", 1024)
     style = base_style(args, trained_with)
+    trained_reward = trained_with.get("reward", problems.reward_name("math"))
     benchmarks, ungradable = load_benchmarks(args.benchmarks, args.limit)
     digests = {name: files.content_digest(rows) for name, rows in benchmarks.items()}
+    # The engine reserves room for a prompt and a response.
     room = files.context_length(files.model_folder(args.model)) - args.max_tokens
     longest_prompt = int(min(LONGEST_PROMPT, room))
     if longest_prompt < 1:
@@ -347,6 +347,7 @@ def main() -> None:
         print_ungradable(ungradable)
     out = Path(args.out)
     header = make_header(args, style)
+    # What an earlier run has scored is not sampled again.
     done = engine.on_rank_0(read_summary, out, header, digests)
     missing = [name for name in benchmarks if name not in done]
     if missing:
@@ -360,7 +361,7 @@ def main() -> None:
     for name in missing:
         rows = benchmarks[name]
         path = out / f"{name}.jsonl"
-        benchmark_style = style_of_benchmark(style, rows[0]["_task"], trained_with)
+        benchmark_style = problems.style_of_task(style, rows[0]["_task"], trained_reward)
         benchmark_identity = {
             "rows_digest": digests[name],
             "prompt_template": benchmark_style.template,
@@ -368,6 +369,7 @@ def main() -> None:
         identity = {k: v for k, v in header.items() if k != "model"} | benchmark_identity
         records = sample_benchmark(llm, rows, benchmark_style, longest_prompt, path, identity, args)
         if torch.distributed.get_rank() == 0:
+            # The samples come first: a summary never names samples that are not there.
             done[name] = save_benchmark(path, records, rows) | benchmark_identity
             files.write_json(out / "summary.json", {"header": header, "benchmarks": done})
             engine.remove_partial(path)

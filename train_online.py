@@ -1,16 +1,28 @@
 """Stage 2: train the policy by least squares on r - V*, one response per prompt.
 
-The loop of `train` is the algorithm of the paper, in six numbered steps. There is no critic, no
-group of responses, no importance ratio, no clipping and no normalisation of rewards.
+A step is numbered 1 to 6 in `train`: draw prompts, sample a response to each from the policy, score
+it, take ln pi_ref, regress beta2 ln(pi / pi_ref) onto r - V*, give the new weights to the engine.
+To one who knows other trainers:
 
-Start it as below, and it uses all GPUs of this machine, or the CPU if there is none. On several
-machines, start it on each with torchrun (see docs/hardware.md).
+1. There is no critic and no group of responses. The baseline is V*, which stage 1 has computed.
+2. There is no importance ratio and no clipping. The loss is a squared error, in losses.py.
+3. ln pi(y|x) is a sum over the response's tokens, EOS included, and is not divided by its length.
+   The policy and the reference compute it by the same code in the same shapes.
+4. As published, a step makes two updates, each on its half of the responses. The second half was
+   sampled before the first update, so it is slightly off-policy. --updates-per-batch 1 avoids that.
+5. There is no learning-rate schedule and no entropy bonus.
+
+It uses all GPUs of this machine, or the CPU if there is none. On several machines, start it on each
+with torchrun (docs/hardware.md).
 """
 
+import apo  # noqa: F401 - first, since it says what to do without the environment
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import math
 import random
 import resource
@@ -24,9 +36,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import apo  # noqa: F401 - first, since it says what to do without the environment
 import losses
 from apo import command_line, engine, files, math_reward, problems
+from apo.command_line import (
+    positive_integer,
+    positive_number,
+    positive_or_infinite,
+    whole_number,
+)
 from apo.engine import Request, Response
 from apo.files import UserError
 from apo.policy import (
@@ -57,7 +74,11 @@ EXAMPLES = """examples:
 
 
 class Algorithm(NamedTuple):
-    """What makes an algorithm out of the loop below; experiments/baselines.py has three others."""
+    """What makes an algorithm out of the loop below.
+
+    `a_star_po` is the one of the paper. experiments/baselines.py has GRPO, REBEL and PPO, and shows
+    that most algorithms need only a loss.
+    """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
     # statistics by name, (B,) each. The update minimises the mean over all sequences.
@@ -74,7 +95,12 @@ class Algorithm(NamedTuple):
 
 
 def a_star_po(beta2: float) -> Algorithm:
-    """A*-PO: fit the log-ratio of each response to its advantage, r - V*."""
+    """A*-PO: fit beta2 times the log-ratio of each response to its advantage, r - V*.
+
+    Nothing is added to the responses and nothing is prepared: V* is in batch.numbers, and ln pi_ref
+    is there for every algorithm. The log-ratio is reported, since its mean over responses of the
+    policy is an unbiased estimate of KL(pi || pi_ref).
+    """
 
     def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp = losses.sequence_logprob(token_logp, batch.lengths)
@@ -95,10 +121,16 @@ def update(
 ) -> dict[str, float]:
     """Make one optimizer step for each update; all ranks must call it together.
 
-    Returns "loss" and "grad_norm", the means over the updates, and each statistic of the loss
-    function, its mean over the sequences. Statistics are of the first update before it moves the
-    weights: there the policy is still what sampled. "logprob_gap" is the mean over tokens of
-    |ln pi by this forward pass - ln pi by the engine|.
+    `policy` is any module that takes the inputs of a micro-batch; what it returns is handed to the
+    loss function. Returned are
+
+    - "loss" and "grad_norm" (before clipping at 1.0): means over the updates;
+    - each statistic of the loss function: its mean over the sequences;
+    - "logprob_gap": the mean over the tokens of |ln pi by this forward pass - ln pi by the engine|;
+    - "kl_per_token", if there is a statistic "logratio".
+
+    The last three are of the first update, before it moves the weights: there the policy is still
+    the one that sampled.
     """
     sums = {"loss": torch.zeros((), dtype=torch.float64, device=DEVICE)}
     grad_norm = 0.0
@@ -108,18 +140,20 @@ def update(
             sequence_losses, statistics = loss_function(batch, output)
             # The mean over all sequences of the update, whatever the split into micro-batches.
             loss = batch.weight * sequence_losses.sum() / batch.num_sequences
-            # FSDP takes the mean of the gradients over the ranks, where the sum is wanted.
+            # Each rank has the part of its own sequences. FSDP averages gradients over the ranks,
+            # where the sum of the parts is wanted.
             (loss * dist.get_world_size()).backward()
             sums["loss"] += loss.detach() / len(updates)
             if number == 0:
                 batch.statistics = {name: x.detach() for name, x in statistics.items()}
                 add_sums(sums, batch, output.detach())
-        # The norm is over the weights of all ranks.
+        # FSDP computes the norm over the weights of all ranks, and returns it sharded.
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         grad_norm += norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
 
+    # One message for all sums; every rank has the same names in the same order.
     totals = torch.stack(list(sums.values()))
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
@@ -177,6 +211,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
     run = set_up(args, data)
     if run is None:
         return
+    # Sampling is as in stage 1, or V* would belong to another distribution.
     temperature = data.values.header["temperature"]
     max_tokens = data.values.header["max_tokens"]
     if run.eval_prompts and run.last_step == 0:
@@ -187,32 +222,39 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
     for step in range(run.last_step + 1, args.num_steps + 1):
         metrics = {"step": step, "lr": args.lr}
         start = time.perf_counter()
-        # 1. x ~ D
+
+        # 1. x ~ D: the next prompts of this epoch.
         prompts = next_batch(run.prompts, args.batch_size, args.seed, step)
         requests = make_requests(prompts, args, step, algorithm.all_sampler_logp)
-        # 2. y ~ pi_t(. | x) and 3. r(x, y): grading runs beside the sampling
+
+        # 2. y ~ pi_t(. | x), and 3. r(x, y). Each rank samples its share of the requests, and
+        # grading runs beside the sampling. After `gather` every rank has all responses.
         with timed(metrics, "seconds_generate"):
             sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
         with timed(metrics, "seconds_grade"):
             responses = engine.gather(sampled)
-            engine.release_cache(run.llm)  # its memory is the trainer's now
+            # From here until it is restored, the memory of the engine's cache is the trainer's.
+            engine.release_cache(run.llm)
         for response in responses:
             response.numbers["v_star"] = data.v_star[response.prompt.row["id"]]
         if algorithm.credit is not None:
             algorithm.credit(responses)
-        # 4. ln pi_ref(y | x)
+
+        # 4. ln pi_ref(y | x), in the very micro-batches in which the policy will run.
         with timed(metrics, "seconds_ref"):
             updates = split_into_updates(responses, args, temperature, algorithm.group_size)
             add_ref_logp(run.ref, updates)
-        # 5. least squares on r - V*
+
+        # 5. Least squares on r - V*. The first update is on-policy, a second one slightly off it.
         with timed(metrics, "seconds_update"):
             if algorithm.prepare is not None:
                 algorithm.prepare(run.policy, updates)
             metrics |= update(run.policy, run.optimizer, updates, algorithm.loss)
             metrics["peak_gib"] = used_memory()
-        # 6. pi_{t+1} into the engine
+
+        # 6. pi_{t+1} into the engine.
         with timed(metrics, "seconds_sync"):
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # the engine takes its memory from the driver, not from torch
             run.policy.load_into(run.llm)
             engine.restore_cache(run.llm)
 
@@ -224,6 +266,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             metrics["eval_accuracy"] = evaluate(run, max_tokens)
         log_step(run, metrics, responses[: args.log_samples], updates[0])
 
+        # A signal may reach one rank alone, so the ranks agree once a step whether to stop.
         stopped_by = stop_flag.agree()
         if stopped_by or is_last or step % args.save_every == 0:
             save_step(run, args, step)
@@ -234,7 +277,10 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
 @contextlib.contextmanager
 def timed(metrics: dict[str, Any], name: str) -> Iterator[None]:
-    """Measure the seconds of a block, on the GPU too, as metrics[name]."""
+    """Measure the seconds of a block as metrics[name].
+
+    A GPU works behind Python's back, so the clock is read when it has caught up.
+    """
     start = time.perf_counter()
     yield
     torch.get_device_module(DEVICE).synchronize()
@@ -259,7 +305,11 @@ def next_batch(prompts: list[Prompt], batch_size: int, seed: int, step: int) -> 
 def make_requests(
     prompts: list[Prompt], args: argparse.Namespace, step: int, all_logprobs: bool
 ) -> list[Request]:
-    """Ask for --samples-per-prompt responses of each prompt, each with its own seed."""
+    """Ask for --samples-per-prompt responses of each prompt, each with its own seed.
+
+    The responses of a prompt follow each other. The sampler's log-probs are asked for the first
+    update's responses, or for all of them.
+    """
     num_requests = len(prompts) * args.samples_per_prompt
     num_logprobs = num_requests if all_logprobs else num_requests // args.updates_per_batch
     requests = []
@@ -273,7 +323,10 @@ def make_requests(
 def split_into_updates(
     responses: list[Response], args: argparse.Namespace, temperature: float, group_size: int
 ) -> list[list[MicroBatch]]:
-    """Cut a step's responses into --updates-per-batch parts, and pack this rank's part of each."""
+    """Cut a step's responses into --updates-per-batch parts, and pack each into micro-batches.
+
+    A rank gets its own micro-batches of every update, and all ranks get the same number of them.
+    """
     size = len(responses) // args.updates_per_batch
     updates = []
     for start in range(0, len(responses), size):
@@ -357,7 +410,7 @@ def log_step(
 
 
 def check_finite(metrics: dict[str, Any]) -> None:
-    """Stop before a broken policy is saved over a good one."""
+    """Stop before a broken policy is saved and the good ones are removed."""
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         raise ArithmeticError(
             f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
@@ -383,7 +436,11 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
 
 
 def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
-    """Take the run's folder, start the engine, load the models; None if the run is finished."""
+    """Take the run's folder, start the engine, load the models; None if the run is finished.
+
+    What moves during training is the policy, in float32, and AdamW's two moments: 16 bytes per
+    parameter with the gradient, shared out over the GPUs. The reference is in bf16 and never moves.
+    """
     log = RunLog(Path(args.out), args.num_steps)
     config = make_config(args, data)
     progress = engine.on_rank_0(open_run, config, log)
@@ -439,10 +496,9 @@ def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
     """Make the evaluation prompts, as training asks; of a longer prompt only the end is asked."""
     prompts = []
     for row in data.eval_rows:
-        style = data.values.style
-        if problems.reward_name(row["_task"]) != data.values.header["reward"]:
-            template = problems.DATASETS[row["_task"]].template
-            style = dataclasses.replace(style, template=template)
+        style = problems.style_of_task(
+            data.values.style, row["_task"], trained_reward=data.values.header["reward"]
+        )
         prompt = problems.make_prompt(row, style, tokenizer)
         prompt.ids = prompt.ids[-data.values.header["max_prompt_tokens"] :]
         prompts.append(prompt)
@@ -450,7 +506,10 @@ def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
 
 
 def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
-    """Collect the flags and what the values file's header decides, for config.json."""
+    """Collect the flags and what the values file's header decides, for config.json.
+
+    --resume compares them with those of the run, and stage 3 asks as they say.
+    """
     config = dict(vars(args))
     for name in (
         "model",
@@ -485,11 +544,13 @@ def check(args: argparse.Namespace) -> TrainingData:
         raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
 
     values = load_values(args.values)
-    beta1 = values.header["beta1"] if args.beta1 is None else args.beta1
+    if args.beta1 is None:
+        args.beta1 = values.header["beta1"]
+    # Eq. (1), again from the raw rewards. The file's own V* is for people to read.
     v_star = {}
     for entry in values.entries:
         rewards = torch.tensor([entry["rewards"]], dtype=torch.float64)
-        v_star[entry["id"]] = losses.optimal_value(rewards, beta1).item()
+        v_star[entry["id"]] = losses.optimal_value(rewards, args.beta1).item()
 
     entries = values.entries
     if args.filter_unsolved:
@@ -517,119 +578,46 @@ def default_eval_dataset(training_set: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the flags. The defaults are the published MATH run."""
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
-    add_run_flags(parser.add_argument_group("the run"))
-    add_algorithm_flags(parser.add_argument_group("the algorithm"))
-    add_memory_flags(parser.add_argument_group("memory and speed; they do not change the result"))
-    command_line.add_engine_flags(parser, gpu_share=0.6)
-    return parser
-
-
-def add_run_flags(group: Any) -> None:
-    """Add what a run reads, writes and shows."""
-    group.add_argument("--values", default="values/math.json", help="the values file of stage 1")
-    group.add_argument("--out", default="runs/math", help="folder of the run")
-    group.add_argument(
-        "--resume", action="store_true", help="continue from the last whole checkpoint in --out"
-    )
-    group.add_argument(
-        "--save-every",
-        type=command_line.positive_integer,
-        default=50,
-        help="steps between checkpoints",
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=command_line.positive_integer,
-        default=2,
-        help="how many of the newest checkpoints to keep",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("the run").add_argument
+    add("--values", default="values/math.json", help="the values file of stage 1")
+    add("--out", default="runs/math", help="folder of the run")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add("--save-every", type=positive_integer, default=50, help="steps between checkpoints")
+    add("--keep-checkpoints", type=positive_integer, default=2, help="keep so many of the newest")
+    add(
         "--eval-dataset",
         help="measure greedy accuracy on this set while training; none switches it off; by default "
-        "the test set that belongs to the training set (math: math500, gsm8k: its test split)",
+        "the test set of the training set (math: math500, gsm8k: its test split, a file: none)",
     )
-    group.add_argument(
-        "--eval-every",
-        type=command_line.positive_integer,
-        default=50,
-        help="steps between evaluations; the untrained model and the last step are evaluated too",
-    )
-    group.add_argument(
-        "--log-samples",
-        type=command_line.whole_number,
-        default=8,
-        help="responses of each step that go to samples.jsonl",
-    )
-    group.add_argument(
-        "--tracker",
-        choices=("wandb", "trackio"),
-        help="also send the metrics to this tracker, which must be installed",
-    )
+    add("--eval-every", type=positive_integer, default=50, help="steps between evaluations")
+    add("--log-samples", type=whole_number, default=8, help="responses a step in samples.jsonl")
+    add("--tracker", choices=("wandb", "trackio"), help="send the metrics to this tracker too")
 
-
-def add_algorithm_flags(group: Any) -> None:
-    """Add what decides the result."""
-    group.add_argument(
-        "--num-steps",
-        type=command_line.positive_integer,
-        default=725,
-        help="steps; each samples one batch of prompts",
-    )
-    group.add_argument(
-        "--batch-size", type=command_line.positive_integer, default=256, help="prompts per step"
-    )
-    group.add_argument(
-        "--samples-per-prompt",
-        type=command_line.positive_integer,
-        default=1,
-        help="responses per prompt and step",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("the algorithm").add_argument
+    add("--num-steps", type=positive_integer, default=725, help="steps, each with a new batch")
+    add("--batch-size", type=positive_integer, default=256, help="prompts per step")
+    add("--samples-per-prompt", type=positive_integer, default=1, help="responses per prompt")
+    add(
         "--updates-per-batch",
-        type=command_line.positive_integer,
+        type=positive_integer,
         default=2,
         help="optimizer updates per step, each on its part of the batch; 1 is strictly on-policy",
     )
-    group.add_argument(
+    add(
         "--beta1",
-        type=command_line.positive_or_infinite,
+        type=positive_or_infinite,
         help="compute V* again with this beta1; by default the one of the values file",
     )
-    group.add_argument(
-        "--beta2",
-        type=command_line.positive_number,
-        default=1e-3,
-        help="strength of the pull towards the reference",
-    )
-    group.add_argument(
-        "--lr",
-        type=command_line.positive_number,
-        default=1e-6,
-        help="learning rate of AdamW, constant",
-    )
-    group.add_argument(
-        "--filter-unsolved",
-        action="store_true",
-        help="drop the prompts that the reference never solved",
-    )
+    add("--beta2", type=positive_number, default=1e-3, help="strength of the pull to the reference")
+    add("--lr", type=positive_number, default=1e-6, help="learning rate of AdamW, constant")
+    add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
 
-
-def add_memory_flags(group: Any) -> None:
-    """Add what trades memory against time."""
-    group.add_argument(
-        "--micro-batch-tokens",
-        type=command_line.positive_integer,
-        default=8192,
-        help="tokens per forward pass and GPU",
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, more time",
-    )
-    group.add_argument(
-        "--offload-ref", action="store_true", help="keep the reference in CPU memory"
-    )
+    add = parser.add_argument_group("memory and speed, without effect on the result").add_argument
+    add("--micro-batch-tokens", type=positive_integer, default=8192, help="tokens per forward pass")
+    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
+    add("--offload-ref", action="store_true", help="keep the reference in CPU memory")
+    command_line.add_engine_flags(parser, gpu_share=0.6)
+    return parser
 
 
 def main() -> None:

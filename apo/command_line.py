@@ -18,7 +18,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Show the default of each flag that has one, and keep the line breaks of the examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False:
+            return action.help
+        if action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -36,38 +38,32 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
     """Add the flags that all three stages have."""
-    group = parser.add_argument_group("sampling engine (the same in all stages)")
-    group.add_argument("--seed", type=whole_number, default=0, help="seed of all that is sampled")
-    group.add_argument(
+    add = parser.add_argument_group("sampling engine, the same in all stages").add_argument
+    add("--seed", type=whole_number, default=0, help="seed of all that is drawn")
+    add(
         "--gpu-memory-utilization",
         type=fraction,
         default=gpu_share,
         help="share of each GPU's memory that the engine may use",
     )
-    group.add_argument(
-        "--tensor-parallel-size", type=positive_integer, default=1, help="GPUs that share one model"
-    )
+    add("--tensor-parallel-size", type=positive_integer, default=1, help="GPUs that share a model")
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of stages 1 and 3 that decide how a question becomes a prompt."""
-    group = parser.add_argument_group("prompt")
-    group.add_argument(
+    add = parser.add_argument_group("prompt").add_argument
+    # None, not False: stage 3 must know whether a flag was given.
+    add(
         "--chat-template",
         action="store_true",
         default=None,
-        help="ask through the tokenizer's chat template; off by default, as for base models",
+        help="ask through the tokenizer's chat template; without it, as base models are asked",
     )
-    group.add_argument(
-        "--system-prompt",
-        metavar="TEXT",
-        help="system turn before the question; it needs --chat-template; none by default",
-    )
-    group.add_argument(
+    add("--system-prompt", metavar="TEXT", help="a system turn; it needs --chat-template")
+    add(
         "--chat-template-kwargs",
         metavar="JSON",
-        help="arguments of the chat template, such as '{\"enable_thinking\": false}'; none by "
-        "default",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}'",
     )
 
 

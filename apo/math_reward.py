@@ -150,7 +150,7 @@ SPELLINGS = [
     (r"\\text *\{ *\(?(since|because|where|for any)\b.*", ""),  # 3 \text{ (since x > 0)}
     (r" *(\\text *\{ *(%|per ?cent) *\}|%|\bper ?cent\b)", "%"),
     (r"\$ *([\d,.{}]*\d)|(?<=\d) *\$", r"\1\\text{dollar}"),  # $18.90
-    (r"[ ,]*(\\text *\{[ ,]*(and|or) *\}|\b(and|or)\b|;|&)[ ,]*", ","),  # 1, 2, and 3
+    (r"[ ,]*(\\text *\{[ ,]*(and|or) *\}|\b(and|or)\b|;|&)[ ,]*", ", "),  # 1, 2, and 3
     # numbers
     (THOUSANDS, lambda number: re.sub(r"\D", "", number[0])),  # 1,234 but not (1,234)
     (r"(\d*\.\d*)\\overline *\{(\d+)\}", lambda number: (number[1] + 15 * number[2])[:18]),
@@ -177,7 +177,7 @@ SPELLINGS = [
     # sets
     (r"^(\\mathbb\{R\}|(\\text\{)?all real numbers\}?)$", "(-∞,∞)"),
     (r"^([a-z]=)?\\mathbb\{R\}\\backslash\{([^{},]*)\}$", r"(-∞,\2),(\2,∞)"),
-    (r"^[^=,]*=(\{.*\})$", r"\1"),  # x \in \{1, 2\}
+    (r"^(?:\([^()]*\)|[^=,]*)=(\{.*\})$", r"\1"),  # x \in \{1, 2\}
 ]
 
 
@@ -258,7 +258,11 @@ def is_enclosed(text: str) -> bool:
 def unwrap(text: str) -> str:
     """Take off brackets that hold a single value, and braces that hold a set."""
     while is_enclosed(text):
-        if text[0] == "[" or text[-1] == "]" or (text[0] == "(" and len(split(text[1:-1], ",")) > 1):
+        if (
+            text[0] == "["
+            or text[-1] == "]"
+            or (text[0] == "(" and len(split(text[1:-1], ",")) > 1)
+        ):
             break
         text = text[1:-1]
     return text
@@ -322,7 +326,7 @@ for row in UNIT_TABLE.split("|"):
         UNITS[name] = row.split()[0]
 UNIT = re.compile(
     r"(?:(?:\\text\{[^{},\d+!^-](?:[^{},\d+!]|\^\{?-?\d\}?)*\}|\^\\circ *[CF]?|(?<![\\a-zA-Z])(?:m/s|[a-zA-Z]{2,})|"
-    r"/|\\cdot| |''?$)(?:\^\{?-?\d\}?)?)+$"
+    r"/|\\cdot| |(?<=\d)''?$)(?:\^\{?-?\d\}?)?)+$"
 )
 NOT_A_UNIT = re.compile(
     r"\b(\w*illion|hundred|thousand|dozen|score|squared|cubed|factorial|hal[fv]e?|third|quarter|"
@@ -340,7 +344,8 @@ def split_unit(text: str) -> tuple[str, str]:
     unit = UNIT.search(text)
     if unit is None or unit.start() == 0 or TRIGONOMETRY.search(text):
         return text, ""
-    words = re.sub(r"\\text|\\cdot|\.", "", unit[0]).lower().replace("''", "in").replace("'", "ft")
+    words = re.sub(r"(\w\w)\.", r"\1 ", unit[0].lower())
+    words = re.sub(r"\\text|\\cdot|\.", "", words).replace("''", "in").replace("'", "ft")
     words = re.sub(r"(square|sq|cubic) (\w+)", r"\2 \1", words)
     names = []
     for name in re.findall(r"[^\W\d_]+|[-/\d]", words):
@@ -425,7 +430,11 @@ def compare_equations(gold: str, pred: str, algebra: Algebra) -> bool | None:
         return compare_values(gold, pred, algebra) if both else False
     # What is left of the first sign may be a name; everything else must equal the value.
     without_arguments = re.sub(r"_\{?\w+\}?|(?<=\w)\([-\d,]+\)", "", preds[0])
-    if len(preds) > 1 and re.search("[a-zA-Z]", without_arguments) and not re.search(r"\d", without_arguments):
+    if (
+        len(preds) > 1
+        and re.search("[a-zA-Z]", without_arguments)
+        and not re.search(r"\d", without_arguments)
+    ):
         preds = preds[1:]
     return all_of(compare(golds[-1], link, algebra) for link in preds)
 
@@ -440,6 +449,8 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
         return True
     a, b = number(gold), number(pred)
     if a is not None and b is not None:
+        if ("." in gold) == ("." in pred):
+            return a == b
         return a == b or is_close(gold, b) or is_close(pred, a)
     if is_text(gold) or is_text(pred):
         return False
@@ -528,7 +539,7 @@ def in_grammar(text: str) -> str:
 
     degree = r"\\frac{\\pi}{180}" if TRIGONOMETRY.search(text) else ""
     text = re.sub(r"\^\\circ", degree and r"\\cdot" + degree, text)
-    text = re.sub(r"(\d|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # 2(3) is no mixed number
+    text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # 2(3) is no mixed number
     accent = r"\\(?:bar|hat|tilde|d?dot|vec) *\{?[a-zA-Z]\}?"
     subscript = r"'*(?:_(?:\w|\{[^{}]*\}))?'*"
     return re.sub(rf"({accent}|\\[a-zA-Z]+|[a-zA-Z]){subscript}", safe, text)
@@ -541,16 +552,16 @@ def evaluate(text: str, point: int) -> Any:
     from sympy import Float, I, Rational, Symbol
 
     config = ConversionConfig(lowercase_symbols=False)
-    text = in_grammar(text).replace("=", ")-(")
+    text = "(" + ")-(".join(split(in_grammar(text), "=")) + ")"
     try:
-        tree = latex2sympy(f"({text})", normalization_config=None, conversion_config=config)
+        tree = latex2sympy(text, normalization_config=None, conversion_config=config)
     except Exception:  # the parser raises a dozen types
         return None
     numbers = {decimal: Rational(str(decimal)) for decimal in tree.atoms(Float)}
     for symbol in tree.free_symbols:
         # All symbols are positive at the first point and negative at the second: |x| is not x.
-        place = 1 + zlib.crc32(symbol.name.encode()) % 9973
-        numbers[symbol] = Rational(place, 1994) if point == 0 else Rational(-place, 1997)
+        place = 1 + zlib.crc32(f"{symbol} {point}".encode()) % 9973
+        numbers[symbol] = Rational(place, 1994) + (0, -5, Rational(-5, 2))[point]
     numbers[Symbol("i")] = I
     try:
         value = tree.xreplace(numbers).doit()
@@ -577,13 +588,14 @@ def is_equal(a: Any, b: Any) -> bool:
 
 def by_algebra(gold: str, pred: str) -> bool:
     """Compare two values, or two equations up to a factor, at two points."""
-    golds = [evaluate(gold, point) for point in (0, 1)]
-    preds = [evaluate(pred, point) for point in (0, 1)]
+    golds = [evaluate(gold, point) for point in range(3)]
+    preds = [evaluate(pred, point) for point in range(3)]
     if None in golds + preds:
         return False
     if "=" in gold:
         is_trivial = 0 in golds + preds
-        return not is_trivial and is_equal(golds[0] * preds[1], golds[1] * preds[0])
+        ratios = [(golds[0] * pred, gold * preds[0]) for gold, pred in zip(golds, preds)]
+        return not is_trivial and all(is_equal(*ratio) for ratio in ratios)
     for decimal, exact in [(gold, preds[0]), (pred, golds[0])]:
         if number(decimal) is not None and exact.is_real:
             if is_close(decimal, Fraction(str(exact.evalf(30)))):

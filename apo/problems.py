@@ -174,6 +174,12 @@ def is_file(name: str) -> bool:
     return Path(name).suffix.lower() in FILE_TYPES
 
 
+def describe(serves: str) -> str:
+    """List what can be asked for by --dataset or --benchmarks, for --help."""
+    names = [name for name, dataset in DATASETS.items() if serves in dataset.splits]
+    return ", ".join(names) + ", or a .jsonl, .json or .parquet file with question and answer"
+
+
 # ---------------------------------------------------------------------------------------------
 # Rows
 
@@ -358,6 +364,16 @@ def prompt_style(
     if not chat_template and (system_prompt is not None or kwargs is not None):
         raise UserError("--system-prompt and --chat-template-kwargs need --chat-template")
     return PromptStyle(template, chat_template, system_prompt, kwargs)
+
+
+def style_of_task(style: PromptStyle, task: str, trained_reward: str) -> PromptStyle:
+    """Return how to ask another task of a model that was trained with `style`.
+
+    A task that is scored alike is asked as in training. Any other one keeps its own template.
+    """
+    if reward_name(task) == trained_reward:
+        return style
+    return dataclasses.replace(style, template=DATASETS[task].template)
 
 
 def format_prompt(question: str, style: PromptStyle = PLAIN, chat_tokenizer: Any = None) -> str:

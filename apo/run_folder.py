@@ -41,12 +41,12 @@ class Progress(NamedTuple):
 
 
 def open_run(config: dict, log: "RunLog") -> Progress:
-    """Take the run's folder for this process, and find where to continue.
+    """Take the run's folder for this process, and find where to continue. Rank 0 calls it.
 
     Raises UserError if another process has it, or if it is a run with other settings.
     """
     out = Path(config["out"])
-    log.open()
+    log.open()  # first: from here on no other process can take the folder
     if (out / "config.json").exists():
         wanted = {name: v for name, v in config.items() if name not in FREE_ON_RESUME}
         files.refuse_difference(str(out), files.read_json(out / "config.json"), wanted)
@@ -56,6 +56,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     checkpoint = find_checkpoint(out / "checkpoints")
     step = saved_step(checkpoint) if checkpoint else 0
     files.write_json(out / "config.json", config)
+    # The steps after the checkpoint run again, and are logged again.
     log.forget_after(step)
     return Progress(False, checkpoint, step)
 
@@ -121,6 +122,7 @@ class RunLog:
         parts = [f"step {metrics['step']}/{self.num_steps}"]
         if "reward" in metrics:
             self.seconds.append(metrics["seconds_total"])
+            # The speed of late: responses grow longer or shorter while a model learns.
             recent = self.seconds[-20:]
             left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)
             parts.append(f"reward {metrics['reward']:.3f}")

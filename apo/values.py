@@ -40,7 +40,11 @@ def load_values(path: str) -> Values:
 
 
 def check_header(document: dict, name: str) -> dict:
-    """Check a values file's header, and fill in what a file written by hand may leave out."""
+    """Check a values file's header, and fill in what a file written by hand may leave out.
+
+    The reference is found again by the path in the header. If stage 1 made the file, the model at
+    that path must still be the one that sampled: its fingerprint says so.
+    """
     header = {
         "task": "math",
         "dataset": name,
@@ -85,7 +89,10 @@ def check_header(document: dict, name: str) -> dict:
 
 
 def check_entries(document: dict, name: str) -> list[dict]:
-    """Check the prompts of a values file, and name the row in which something is wrong."""
+    """Check the prompts of a values file, and name the row in which something is wrong.
+
+    Prompts may have different numbers of rewards.
+    """
     entries = document.get("prompts")
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{name} has no "prompts": is it a values file of stage 1?')
