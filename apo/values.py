@@ -40,11 +40,10 @@ def load_values(path: str) -> Values:
 
 
 def check_header(document: dict, name: str) -> dict:
-    """Check a values file's header, and fill in what a file written by hand may leave out.
-
-    The reference is found again by the path in the header. If stage 1 made the file, the model at
-    that path must still be the one that sampled: its fingerprint says so.
-    """
+    """Check a values file's header, and fill in what a file written by hand may leave out."""
+    given = document.get("header")
+    if not isinstance(given, dict):
+        raise UserError(f'{name} has no "header": is it a values file of stage 1?')
     header = {
         "task": "math",
         "dataset": name,
@@ -52,40 +51,47 @@ def check_header(document: dict, name: str) -> dict:
         "chat_template": False,
         "system_prompt": None,
         "chat_template_kwargs": None,
-        "model_fingerprint": None,
     }
-    given = document.get("header")
-    if not isinstance(given, dict):
-        raise UserError(f'{name} has no "header": is it a values file of stage 1?')
     header.update(given)
-    ranges = {
-        "beta1": (0.0, float("inf")),
-        "temperature": (0.0, 1e300),
-        "max_prompt_tokens": (0, 1e300),
-        "max_tokens": (0, 1e300),
-    }
-    for field, (low, high) in ranges.items():
+    for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):
         value = header.get(field)
-        if type(value) not in (int, float) or not low < value <= high:
+        if type(value) not in (int, float) or not value > 0:
             raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
-    if not isinstance(header.get("model"), str):
-        raise UserError(f'{name}: its header does not say which "model" is the reference')
-    if header["task"] not in problems.DATASETS:
-        raise UserError(
-            f"{name} is for the task {header['task']!r}, which apo/problems.py does not list"
-        )
-    header["reward"] = problems.reward_name(header["task"])
-    files.refuse_difference(name, header | given, {"reward": header["reward"]})
-
-    folder = files.model_folder(header["model"])
-    fingerprint = files.model_fingerprint(folder)
-    if header["model_fingerprint"] is not None:
-        what = f"{name} (its reference {header['model']} has changed since; it)"
-        files.refuse_difference(what, header, {"model_fingerprint": fingerprint})
-    header["model_fingerprint"] = fingerprint
-    if header["max_prompt_tokens"] + header["max_tokens"] > files.context_length(folder):
-        raise UserError(f"{name}: its longest prompt and response do not fit into the model")
+    header["max_prompt_tokens"] = int(header["max_prompt_tokens"])
+    header["max_tokens"] = int(header["max_tokens"])
+    check_task(header, name)
+    check_reference(header, name)
     return header
+
+
+def check_task(header: dict, name: str) -> None:
+    """Check that the task and its reward are the ones of stage 1."""
+    task = header["task"]
+    if task not in problems.DATASETS:
+        raise UserError(f"{name} is for the task {task!r}, which apo/problems.py does not list")
+    reward = problems.reward_name(task)
+    header.setdefault("reward", reward)
+    files.refuse_difference(name, header, {"reward": reward})
+
+
+def check_reference(header: dict, name: str) -> None:
+    """Check that the model at the header's path is the one that sampled.
+
+    A file written by hand has no fingerprint, and gets the one of the model that is there.
+    """
+    model = header.get("model")
+    if not isinstance(model, str):
+        raise UserError(f'{name}: its header does not say which "model" is the reference')
+    folder = files.model_folder(model)
+    fingerprint = files.model_fingerprint(folder)
+    header.setdefault("model_fingerprint", fingerprint)
+    what = f"{model} has changed: {name}"
+    files.refuse_difference(what, header, {"model_fingerprint": fingerprint})
+    if header["max_prompt_tokens"] + header["max_tokens"] > files.context_length(folder):
+        raise UserError(
+            f"{name}: max_prompt_tokens {header['max_prompt_tokens']} + max_tokens "
+            f"{header['max_tokens']} is more than {model} can read"
+        )
 
 
 def check_entries(document: dict, name: str) -> list[dict]:

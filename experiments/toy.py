@@ -1,31 +1,37 @@
-r"""Make the toy: a tiny reference model and its problems, so that all three stages run in minutes.
+r"""Make the toy: a tiny reference model and its problems, on which all three stages take minutes.
 
-A teacher adds column by column, from the right. On a bad day it forgets whatever it carried:
+Question: can a model be made in a minute that solves some problems always, some seldom, and that
+reinforcement learning can improve? A*-PO needs such prompts, because V* tells them apart.
+
+Command: python -m experiments.toy --out toy
+         python offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
+             --out toy/values.json
+Time:    80 s on 2 cores.
+Output:  toy/reference (loads like any other model), toy/train.jsonl, toy/test.jsonl and
+         toy/settings.json. With --keep, a toy that was made with the same settings is kept.
+Answer:  yes. The reference solves 51 to 53 % of the test problems (`make demo`, seeds 0 to 2).
+
+The reference learns to add from a teacher who works column by column, from the right. On a bad day
+the teacher forgets every carry:
 
     What is 358 + 267?      with care   8+7=15         on a bad day   8+7=15
                                         5+6+1=12                      5+6=11
                                         3+2+1=6                       3+2=5
                                         \boxed{625}                   \boxed{515}
 
-How often it has a bad day depends on the number of digits (`BAD_DAYS`), not on the single column:
-an error rate per column would give nearly the same success rate to every prompt. So some prompts
-are always solved (nothing to carry), some seldom, and V* has something to tell apart. A reference
-trained from scratch on that teacher's work imitates both ways of working, in its proportions; what
-reinforcement learning has to find out is that carrying pays. It loads like any other model:
-
-    python -m experiments.toy --out toy
-    python offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
-        --out toy/values.json
-
-writes toy/reference, toy/train.jsonl and toy/test.jsonl. The reference trains on problems that are
-drawn afresh all the time, test problems left out.
+The chance of a bad day depends on the number of digits (`BAD_DAYS`), not on the column. An error
+rate per column would give nearly the same success rate to every prompt. The reference imitates both
+ways of working in the teacher's proportions. Reinforcement learning then has to find out that
+carrying pays. The reference trains on fresh problems all the time, never on a test problem.
 """
 
 import argparse
+import inspect
 import json
 import random
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,62 +42,87 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-import problems
+from apo.engine import run
+from apo.files import (
+    UserError,
+    check_writable,
+    read_json,
+    refuse_difference,
+    write_json,
+    write_text,
+)
+from apo.problems import format_prompt
 
 # ---------------------------------------------------------------------------------------------
 # 1. The teacher
 
-# How often the teacher has a bad day, for summands of 1, 2, 3, ... digits.
+# The chance of a bad day, for summands of 1, 2, 3, 4 and 5 digits.
 BAD_DAYS = (0.0, 0.3, 0.85, 0.6, 0.8)
 
 
 class Problem(NamedTuple):
-    """One addition; both summands have the same number of digits."""
+    """One addition. Both summands have the same number of digits."""
 
     a: int
     b: int
 
     @property
     def question(self) -> str:
-        """The question as it stands in the dataset, without the instruction of the prompt."""
+        """Return the question as the dataset has it, without the instruction of the prompt."""
         return f"What is {self.a} + {self.b}?"
 
     @property
     def answer(self) -> str:
-        """The right answer, not by the teacher's way."""
+        """Return the right answer. It does not come from the teacher's work."""
         return str(self.a + self.b)
 
     @property
     def bad_days(self) -> float:
-        """How often the teacher forgets its carries in problems of this length."""
+        """Return the chance that the teacher forgets the carries of this problem."""
         return BAD_DAYS[len(str(self.a)) - 1]
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Draw a problem, every number of digits as often."""
+    """Draw a problem. Every number of digits is equally likely."""
     digits = rng.randint(1, len(BAD_DAYS))
-    return Problem(*(rng.randrange(10 ** (digits - 1), 10**digits) for _ in "ab"))
+    lowest = 10 ** (digits - 1)
+    highest = 10**digits
+    a = rng.randrange(lowest, highest)
+    b = rng.randrange(lowest, highest)
+    return Problem(a, b)
 
 
 def work(problem: Problem, bad_day: bool) -> str:
-    """Work a problem as the teacher does; what was carried is dropped on a bad day."""
-    lines, answer, carry = [], "", 0
+    """Write down the work of the teacher, one line a column. On a bad day, nothing is carried."""
+    lines = []
+    answer = ""
+    carry = 0
     for x, y in zip(reversed(str(problem.a)), reversed(str(problem.b)), strict=True):
         value = int(x) + int(y) + carry
-        lines.append(f"{x}+{y}+{carry}={value}" if carry else f"{x}+{y}={value}")
+        if carry:
+            lines.append(f"{x}+{y}+{carry}={value}")
+        else:
+            lines.append(f"{x}+{y}={value}")
         answer = f"{value % 10}{answer}"
         carry = 0 if bad_day else value // 10
-    answer = f"{value // 10}{answer}"  # the last column is written out whole
-    return "\n".join([*lines, f"\\boxed{{{int(answer)}}}"])
+    # The last column keeps its carry even on a bad day: 9+9=18 ends in 18, not in 8.
+    answer = f"{value // 10}{answer}"
+    lines.append(f"\\boxed{{{int(answer)}}}")
+    return "\n".join(lines)
 
 
-def draw_sets(rng: random.Random, num_train: int, num_test: int) -> tuple[list, list]:
-    """Draw distinct problems and split them, shuffled: the few of one digit run out early."""
-    drawn = {}
+def draw_sets(
+    rng: random.Random, num_train: int, num_test: int
+) -> tuple[list[Problem], list[Problem]]:
+    """Draw distinct problems and split them into a training and a test set.
+
+    They are shuffled first, because the few problems of one digit are all drawn early.
+    """
+    drawn = {}  # a dict keeps the order of drawing, a set would not
     while len(drawn) < num_train + num_test:
         drawn[draw_problem(rng)] = None
-    drawn = rng.sample(list(drawn), len(drawn))
-    return drawn[:num_train], drawn[num_train:]
+    shuffled = rng.sample(list(drawn), len(drawn))
+    return shuffled[:num_train], shuffled[num_train:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,22 +130,24 @@ def draw_sets(rng: random.Random, num_train: int, num_test: int) -> tuple[list, 
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer with the bytes for a vocabulary, so that any text can be fed.
+    """Make a Qwen tokenizer whose vocabulary is the 256 bytes, so that it can read any text.
 
-    The task's fixed phrases are one token each, or the instruction alone would cost 67. They are
-    added tokens, not merges: AutoTokenizer gives a Qwen2 model Qwen's class and its way of
-    splitting text, whatever was saved, so merges learned on another splitting silently go unused.
+    The fixed phrases of the task are one token each. Otherwise the instruction alone would take 67
+    tokens. They are added tokens, not merges. AutoTokenizer gives a Qwen2 model the class and the
+    text splitting of Qwen, whatever was saved, so merges learned on another splitting would
+    silently go unused.
     """
-    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocab = {token: i for i, token in enumerate(alphabet)}
+    vocab = {"<|endoftext|>": 0}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[character] = len(vocab)
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
-    phrases = ["What is ", " + ", problems.format_prompt(""), "\n\\boxed{"]
-    tokenizer.add_tokens(phrases)
+    instruction = format_prompt("")
+    tokenizer.add_tokens(["What is ", " + ", instruction, "\n\\boxed{"])
     return tokenizer
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """A Qwen2 of 0.9 M parameters in float32, with a window of 2,048 for texts byte by byte."""
+    """Make a Qwen2 of 0.9 M parameters in float32. A window of 2,048 leaves room for bytes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -125,108 +158,220 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         tie_word_embeddings=True,
-        initializer_range=0.08,  # about 1 / sqrt(hidden_size); Qwen2's 0.02 learns 3 times slower
+        # About 1 / sqrt(hidden_size). With Qwen2's own 0.02 it learns three times slower.
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,  # is EOS, as in many base models
+        # This is EOS too, as in many base models.
+        pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen2ForCausalLM(config)
 
 
+class Example(NamedTuple):
+    """One worked problem as token ids. The response ends with EOS."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def length(self) -> int:
+        """Count the tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
+
+class Batch(NamedTuple):
+    """Token ids and labels, both (B, T). A label of -100 is left out of the loss."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def draw_examples(
+    rng: random.Random, tokenizer: Qwen2Tokenizer, held_out: set[Problem], count: int
+) -> list[Example]:
+    """Draw problems that are not held out, and let the teacher work each of them."""
+    examples = []
+    while len(examples) < count:
+        problem = draw_problem(rng)
+        if problem in held_out:
+            continue
+        bad_day = rng.random() < problem.bad_days
+        prompt = tokenizer(format_prompt(problem.question)).input_ids
+        response = tokenizer(work(problem, bad_day)).input_ids
+        examples.append(Example(prompt, [*response, tokenizer.eos_token_id]))
+    return examples
+
+
+def pad_batch(examples: list[Example], eos: int) -> Batch:
+    """Pad examples at the end, with EOS. Only the tokens of the responses have labels."""
+    longest = max(example.length for example in examples)
+    ids = torch.full((len(examples), longest), eos)
+    labels = torch.full((len(examples), longest), -100)
+    for row, example in enumerate(examples):
+        start = len(example.prompt)
+        end = example.length
+        ids[row, :end] = torch.tensor(example.prompt + example.response)
+        labels[row, start:end] = torch.tensor(example.response)
+    return Batch(ids, labels)
+
+
 def draw_batches(
     rng: random.Random, tokenizer: Qwen2Tokenizer, held_out: set[Problem], batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield token ids and labels, both (B, T), for ever: prompt + worked answer + EOS.
+) -> Iterator[Batch]:
+    """Yield batches without end.
 
-    The prompt has no labels. A batch is of similar lengths, or half the work would be padding.
+    Each batch has examples of similar lengths, otherwise half of the work would be padding. So the
+    examples of eight batches are drawn together and sorted, and the eight come in random order.
     """
-    eos = tokenizer.eos_token_id
     while True:
-        pool = []
-        while len(pool) < 8 * batch_size:
-            problem = draw_problem(rng)
-            if problem not in held_out:
-                prompt = tokenizer(problems.format_prompt(problem.question)).input_ids
-                answer = tokenizer(work(problem, rng.random() < problem.bad_days)).input_ids
-                pool.append((prompt, [*answer, eos]))
-        pool.sort(key=lambda example: len(example[0]) + len(example[1]))
+        pool = draw_examples(rng, tokenizer, held_out, 8 * batch_size)
+        pool.sort(key=lambda example: example.length)
         starts = range(0, len(pool), batch_size)
         for start in rng.sample(starts, len(starts)):
-            batch = pool[start : start + batch_size]
-            longest = len(batch[-1][0]) + len(batch[-1][1])
-            ids = torch.full((batch_size, longest), eos)
-            labels = torch.full((batch_size, longest), -100)  # what cross_entropy leaves out
-            for row, (prompt, response) in enumerate(batch):
-                end = len(prompt) + len(response)
-                ids[row, :end] = torch.tensor(prompt + response)
-                labels[row, len(prompt) : end] = torch.tensor(response)
-            yield ids, labels
+            yield pad_batch(pool[start : start + batch_size], tokenizer.eos_token_id)
 
 
-def train(model: Qwen2ForCausalLM, batches: Iterator, num_steps: int, lr: float) -> float:
-    """Train to predict the next token; returns the loss, the mean of the last 50 steps.
+def make_optimizers(model: Qwen2ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Make Muon for the matrices and AdamW for the embedding and the norms.
 
-    Muon for the matrices: after 300 steps it worked 70 % of problems of up to six digits without
-    an error, AdamW at its best learning rate 32 %. What is hard is to find the digits of a column.
+    After 300 steps with Muon, a reference worked 70 % of problems of up to six digits without an
+    error. With AdamW at the best learning rate it worked 32 %. Finding the digits of a column is
+    what takes long to learn.
     """
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    losses = []
-    start = time.time()
-    for step in range(num_steps):
-        ids, labels = next(batches)
-        # Padding comes last, so that causal attention needs no mask.
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    matrices = []
+    others = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [muon, adamw]
+
+
+def train(model: Qwen2ForCausalLM, batches: Iterator[Batch], num_steps: int, lr: float) -> float:
+    """Train to predict the next token. Return the mean loss of the last 50 steps, in nats."""
+    optimizers = make_optimizers(model, lr)
+    last_losses = deque(maxlen=50)
+    lines_every = max(1, num_steps // 20)
+    start = time.monotonic()
+    for step in range(1, num_steps + 1):
+        batch = next(batches)
+        # The padding comes last, so causal attention needs no mask.
+        logits = model(input_ids=batch.ids[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # The learning rate rises for 30 steps. It falls to zero over the full run.
+        schedule = min(step / 30, 1 - (step - 1) / num_steps)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 30, 1 - step / num_steps)
+            optimizer.param_groups[0]["lr"] = lr * schedule
             optimizer.step()
             optimizer.zero_grad()
-        losses = [*losses[-49:], loss.item()]
-        if (step + 1) % 50 == 0:
-            mean = sum(losses) / len(losses)
-            print(f"step {step + 1:4d}  loss {mean:.3f}  {time.time() - start:4.0f} s", flush=True)
-    return sum(losses) / len(losses)
+        last_losses.append(loss.item())
+        if step % lines_every == 0:
+            mean = sum(last_losses) / len(last_losses)
+            seconds_left = (time.monotonic() - start) / step * (num_steps - step)
+            print(
+                f"reference: step {step:4d} of {num_steps}  loss {mean:.3f}  "
+                f"about {seconds_left:.0f} s left",
+                flush=True,
+            )
+    return sum(last_losses) / len(last_losses)
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. The toy
 
 
+def make_settings(args: argparse.Namespace) -> dict:
+    """Name everything that decides what the toy contains.
+
+    experiments/long_tail.py makes its toy with this module and with a Problem of its own. So the
+    file of the class tells the two toys apart.
+    """
+    return {
+        "teacher": Path(inspect.getfile(Problem)).stem,
+        "seed": args.seed,
+        "num_train": args.num_train,
+        "num_test": args.num_test,
+        "num_steps": args.num_steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+    }
+
+
+def check_kept(folder: Path, settings: dict) -> None:
+    """Raise UserError unless the folder has a complete toy that was made with these settings."""
+    for name in ("settings.json", "train.jsonl", "test.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder}/reference cannot be kept without {folder / name}: "
+                f"remove {folder} to make it again."
+            )
+    saved = read_json(folder / "settings.json")
+    refuse_difference(f"{folder} (remove it or choose another --out)", saved, settings)
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Write a dataset: one JSON object a line with id, question and answer."""
+    lines = []
+    for i, problem in enumerate(problems):
+        row = {
+            "id": f"{path.stem}-{i}",
+            "question": problem.question,
+            "answer": problem.answer,
+        }
+        lines.append(json.dumps(row) + "\n")
+    write_text(path, "".join(lines))
+
+
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
+    """Read the command line. Raise UserError for a size below 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("--out", type=Path, default=Path("toy"), help="folder to write to")
+    add("--keep", action="store_true", help="keep a toy that was made with the same settings")
     add("--seed", type=int, default=0, help="seed of problems, initial weights and training")
     add("--num-train", type=int, default=1024, help="problems in train.jsonl")
     add("--num-test", type=int, default=256, help="problems in test.jsonl")
     add("--num-steps", type=int, default=600, help="updates of the reference")
     add("--batch-size", type=int, default=64, help="worked answers per update")
     add("--lr", type=float, default=1e-2, help="learning rate, after 30 steps of warm-up")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("num_train", "num_test", "num_steps", "batch_size"):
+        value = getattr(args, name)
+        if value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be at least 1, not {value}.")
+    return args
 
 
 def main() -> None:
     """Draw the problems, train the reference, and write everything or nothing."""
     args = parse_args()
-    for name in ("num_train", "num_test", "num_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise problems.UserError(f"{flag} must be at least 1, not {getattr(args, name)}.")
-    if (args.out / "reference").exists():
-        raise problems.UserError(f"{args.out}/reference exists; remove it or choose another --out.")
-    args.out.mkdir(parents=True, exist_ok=True)  # says now, not in two minutes, that it cannot
+    reference = args.out / "reference"
+    if reference.exists() and not args.keep:
+        raise UserError(f"{reference} exists: add --keep, remove it, or choose another --out.")
+
+    settings = make_settings(args)
+    if reference.exists():
+        check_kept(args.out, settings)
+        print(f"{reference}: kept, it was made with the same settings (seed {args.seed})")
+        return
+
+    # A folder that cannot be written is refused now, not in two minutes.
+    check_writable(reference)
+    args.out.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
-    start = time.time()
-    # So small a model gains nothing from more, and sums would depend on the number of cores.
+    start = time.monotonic()
+    # Two threads everywhere. So small a model gains nothing from more, and a sum would depend on
+    # the number of cores.
     torch.set_num_threads(2)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -236,24 +381,20 @@ def main() -> None:
     batches = draw_batches(rng, tokenizer, set(test_set), args.batch_size)
     loss = train(model, batches, args.num_steps, args.lr)
 
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".toy-") as beside:
-        model.save_pretrained(Path(beside, "reference"))
-        tokenizer.save_pretrained(Path(beside, "reference"))
-        for name, drawn in ("train", train_set), ("test", test_set):
-            rows = [
-                {"id": f"{name}-{i}", "question": problem.question, "answer": problem.answer}
-                for i, problem in enumerate(drawn)
-            ]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            problems.write_whole(args.out / f"{name}.jsonl", text)
-        # Last, as its presence says that the toy is whole.
-        Path(beside, "reference").rename(args.out / "reference")
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".toy-") as temporary:
+        model.save_pretrained(Path(temporary, "reference"))
+        tokenizer.save_pretrained(Path(temporary, "reference"))
+        write_problems(args.out / "train.jsonl", train_set)
+        write_problems(args.out / "test.jsonl", test_set)
+        write_json(args.out / "settings.json", settings)
+        # The reference gets its name last. Its presence says that the toy is complete.
+        Path(temporary, "reference").rename(reference)
     print(
-        f"{args.out}/reference: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
-        f"loss {loss:.3f} after {args.num_steps} steps, {time.time() - start:.0f} s; "
+        f"{reference}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
+        f"loss {loss:.3f} after {args.num_steps} steps, {time.monotonic() - start:.0f} s; "
         f"{len(train_set)} training and {len(test_set)} test problems"
     )
 
 
 if __name__ == "__main__":
-    problems.run(main)
+    run(main)

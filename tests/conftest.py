@@ -1,8 +1,7 @@
-"""What the end-to-end tests share: a model of 80,000 weights, its problems, runs of the scripts.
+"""What the tests share: a model of 80,000 weights, its problems, and runs of the scripts.
 
-The scripts are run as a user runs them, in processes of their own: no engine, process group or
-grader is imitated anywhere. A start costs 10 to 15 s, so each run below is made once and looked at
-by many tests.
+The scripts are run as a user runs them, in processes of their own, with the real engine and the
+real grader. A start costs 10 to 15 s, so each run below is made once and looked at by many tests.
 """
 
 import json
@@ -13,29 +12,38 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from apo import files, problems
+from apo import command_line, engine, files, problems
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-# So small a model gains nothing from a second thread, and on busy cores each waits for the other.
-ENV |= {"OMP_NUM_THREADS": "1"}
+ENV = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # So small a model gains nothing from a second thread, and on busy cores each waits for the
+    # other.
+    "OMP_NUM_THREADS": "1",
+}
+
+# ---------------------------------------------------------------------------------------------
+# Processes
 
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., SimpleNamespace]:
-    """Run `python *command` in the repository; its exit code and what it printed."""
+    """Run `python *command` in the repository; return its exit code and what it printed."""
 
-    def call(*command: str | Path, timeout: int = 240) -> SimpleNamespace:
-        process = spawn(*command)
+    def call(
+        *command: object, timeout: float = 240, env: dict[str, str] | None = None
+    ) -> SimpleNamespace:
+        process = spawn(*command, env=env)
         try:
             out, err = process.communicate(timeout=timeout)
         finally:
@@ -45,11 +53,17 @@ def run() -> Callable[..., SimpleNamespace]:
     return call
 
 
-def spawn(*command: str | Path) -> subprocess.Popen:
-    pipe = subprocess.PIPE
-    arguments = [sys.executable, *map(str, command)]
-    options = {"cwd": ROOT, "env": ENV, "text": True, "start_new_session": True}
-    return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, **options)
+def spawn(*command: object, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start `python *command` in the repository, with `env` added to the environment."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=ENV | (env or {}),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -57,6 +71,13 @@ def kill(process: subprocess.Popen) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def at_once(*calls: Callable[[], object]) -> list:
+    """Call some functions at the same time, and return their results in order."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.result() for future in futures]
 
 
 def torchrun(num_ranks: int) -> list[str]:
@@ -68,16 +89,70 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: int = 120) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until `true()` is, while the process runs."""
     end = time.monotonic() + seconds
     while not true():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.002)
 
 
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """Make this process the only rank of a process group."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def assert_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Iterator[Callable[[ModuleType, str, str], None]]:
+    """Call a script's main in this process: it must refuse, in one sentence, before it starts.
+
+    The arguments are the script's module, its command line, and a part of the sentence.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def launch(*arguments: object) -> None:
+        pytest.fail("the script started: its checks let this pass")
+
+    def call(script: ModuleType, command_line_text: str, says: str) -> None:
+        monkeypatch.setattr(engine, "launch", launch)
+        monkeypatch.setattr(sys, "argv", [script.__file__, *command_line_text.split()])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            command_line.run(script.main)
+        err = capfd.readouterr().err
+        assert exit_info.value.code == 2, err
+        assert_one_error(err, says)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def assert_one_error(err: str, says: str) -> None:
+    """Check that the standard error has one sentence that says what is wrong, and no traceback."""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1, err
+    assert says in lines[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,9 +160,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """All files below a folder, or a file itself: when written, and with what."""
-    files = [p for p in (folder, *folder.rglob("*")) if p.is_file()]
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+    """Take all files below a folder, or a file itself: when written, and with what."""
+    paths = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def edit_values(source: Path, to: Path, change: Callable[[dict], None]) -> Path:
@@ -109,78 +184,97 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 of two layers that answers every prompt with a few a's and a digit in a box.
+    """Train a Qwen2 of two layers to answer every prompt with a few a's and a digit in a box.
 
-    `aa\\boxed{3}`, the number of a's geometric, the digit one of 0 to 3: it is right about a
-    quarter of the time, responses have 10 tokens and more, and V* lies between 0 and 1. Its
+    `aa\\boxed{3}`: the number of a's is geometric, the digit one of 0 to 3. So it is right about a
+    quarter of the time, responses have 10 tokens and more, and V* lies between 0 and 1. The
     training takes three seconds.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(letters)} | {"<|endoftext|>": 256}
-    bytelevel = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    bytelevel.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytelevel.decoder = decoders.ByteLevel()
-    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytelevel, **special)
-    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as above
-    sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 128}
-    # The CPU engine's attention wants heads of 32 or more.
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
-    ids |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
-    lm = Qwen2ForCausalLM(Qwen2Config(**sizes, **ids))
-    optimizer, chance = torch.optim.AdamW(lm.parameters(), 3e-3), random.Random(0)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        # The CPU engine's attention wants heads of 32 or more.
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    lm = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(lm.parameters(), 3e-3)
+    chance = random.Random(0)
     for _ in range(150):
-        texts = []
+        rows = []
         for _ in range(16):
-            prompt = problems.format_prompt("".join(chance.choices("abcdefg ", k=4)))[-20:]
+            question = "".join(chance.choices("abcdefg ", k=4))
+            prompt = tokenizer(problems.format_prompt(question)[-20:]).input_ids
             count = next(k for k in range(99) if chance.random() < 0.5)
-            texts.append((prompt, "a" * count + f"\\boxed{{{chance.randrange(4)}}}"))
-        rows = [(tokenizer(p).input_ids, [*tokenizer(r).input_ids, 256]) for p, r in texts]
-        longest = max(len(p + r) for p, r in rows)
-        ids = torch.tensor([p + r + [256] * (longest - len(p + r)) for p, r in rows])
-        labels = torch.full_like(ids, -100)
-        for i, (p, r) in enumerate(rows):
-            labels[i, len(p) : len(p + r)] = torch.tensor(r)
+            response = tokenizer("a" * count + f"\\boxed{{{chance.randrange(4)}}}").input_ids
+            rows.append((prompt, [*response, 256]))
+        longest = max(len(prompt + response) for prompt, response in rows)
+        ids = torch.full((len(rows), longest), 256)
+        labels = torch.full((len(rows), longest), -100)
+        for i, (prompt, response) in enumerate(rows):
+            end = len(prompt + response)
+            ids[i, :end] = torch.tensor(prompt + response)
+            labels[i, len(prompt) : end] = torch.tensor(response)
         lm(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     torch.set_num_threads(threads)
+
     folder = tmp_path_factory.mktemp("model")
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-NUM_PROMPTS, NUM_VALUE_SAMPLES = 40, 8
+def make_tokenizer() -> object:
+    """Make a tokenizer whose tokens are the 256 bytes and one that is both EOS and pad."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    vocabulary["<|endoftext|>"] = 256
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+NUM_PROMPTS = 40
+NUM_VALUE_SAMPLES = 8
 SAMPLING = ("--max-prompt-tokens", "160", "--max-tokens", "48")
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty problems that can be asked, one that is too long, two whose answer is none."""
-    rows = [
-        {"question": "Give a digit. " * (1 + i % 5), "answer": i % 4, "id": f"p{i}"}
-        for i in range(NUM_PROMPTS)
-    ]
+    """Write forty problems that can be asked, one that is too long, two without a usable answer."""
+    rows = []
+    for i in range(NUM_PROMPTS):
+        question = "Give a digit. " * (1 + i % 5)
+        rows.append({"question": question, "answer": i % 4, "id": f"p{i}"})
     rows.insert(3, {"question": "long " * 50, "answer": "1", "id": "too-long"})
     rows.insert(5, {"question": "Which?", "answer": "", "id": "empty-answer"})
     rows.append({"question": "Which?", "answer": "{1", "id": "open-brace"})
     return write_lines(tmp_path_factory.mktemp("data") / "digits.jsonl", rows)
 
 
-@pytest.fixture(scope="session")
-def stage1(run: Callable, model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory):
-    """An uninterrupted run of stage 1: what it printed, and `.file`."""
-    file = tmp_path_factory.mktemp("stage1") / "new" / "values.json"
-    told = run("offline_value.py", *stage1_arguments(model, dataset), "--out", file)
-    assert told.code == 0, told.all
-    return SimpleNamespace(**vars(told), file=file)
+# ---------------------------------------------------------------------------------------------
+# Runs of the stages
 
 
 def stage1_arguments(model: Path, dataset: Path) -> tuple:
@@ -189,65 +283,45 @@ def stage1_arguments(model: Path, dataset: Path) -> tuple:
 
 
 @pytest.fixture(scope="session")
-def cut_short(run: Callable, model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Stage 1's file when nobody may say a tenth token: the box is whole, but no EOS follows."""
+def stage1(
+    run: Callable, model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """Run stage 1 uninterrupted; `.file` is its values file."""
+    file = tmp_path_factory.mktemp("stage1") / "new" / "values.json"
+    result = run("offline_value.py", *stage1_arguments(model, dataset), "--out", file)
+    assert result.code == 0, result.all
+    result.file = file
+    return result
+
+
+# `\\boxed{1}` has nine tokens, one for each byte. So the box is whole, but no EOS follows.
+CUT_SHORT = ("--max-tokens", "9")
+
+
+@pytest.fixture(scope="session")
+def cut_short(
+    run: Callable, model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Run stage 1 with no room for an EOS."""
     file = tmp_path_factory.mktemp("cut") / "values.json"
-    command = ("offline_value.py", *stage1_arguments(model, dataset), *CUT_SHORT, "--out", file)
-    told = run(*command)
-    assert told.code == 0, told.all
+    arguments = stage1_arguments(model, dataset)
+    result = run("offline_value.py", *arguments, *CUT_SHORT, "--out", file)
+    assert result.code == 0, result.all
     return file
 
 
-CUT_SHORT = ("--max-tokens", "9")  # `\\boxed{1}`, byte by byte
-
-
-# Five sequences never part evenly, and 200 tokens hold two: ranks and micro-batches are unequal.
+# Five sequences never divide evenly, and 200 tokens hold two: ranks and micro-batches are unequal.
 # A learning rate of 1e-4 moves the model of the tests visibly at each step.
 RAGGED = """--batch-size 5 --updates-per-batch 1 --num-steps 2 --micro-batch-tokens 200 --lr 1e-4
 --beta2 0.1 --save-every 1"""
 
 
 @pytest.fixture(scope="session")
-def one_rank(run: Callable, stage1: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory):
-    """The folder of a run of stage 2, two steps on one rank."""
+def one_rank(
+    run: Callable, stage1: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Run two steps of stage 2 on one rank; return the run's folder."""
     out = tmp_path_factory.mktemp("stage2") / "new" / "run"
-    told = run("train_online.py", "--values", stage1.file, "--out", out, *RAGGED.split())
-    assert told.code == 0, told.all
+    result = run("train_online.py", "--values", stage1.file, "--out", out, *RAGGED.split())
+    assert result.code == 0, result.all
     return out
-
-
-# ---------------------------------------------------------------------------------------------
-# Bad input
-
-
-@pytest.fixture(scope="session")
-def bad_runs(run: Callable) -> Callable[..., dict[str, SimpleNamespace]]:
-    """Run a script once for each case of a table {name: (arguments, what it says)}, two at a time.
-
-    `{place}` in the arguments becomes one of `places`; {out} is a path of the case's own in which
-    nothing is, and `.left` is what is there afterwards.
-    """
-
-    def call(script: str, table: dict, folder: Path, **places: Path) -> dict[str, SimpleNamespace]:
-        def one(numbered: tuple[int, str]) -> SimpleNamespace:
-            number, name = numbered
-            place = folder / str(number)
-            place.mkdir()
-            words = table[name][0].format(out=place / "out", **places).split()
-            told = run(script, *words)
-            told.left = [path.name for path in place.rglob("*")]
-            return told
-
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(table, pool.map(one, enumerate(table)), strict=True))
-
-    return call
-
-
-def assert_refused(told: SimpleNamespace, says: str) -> None:
-    """Exit code 2, one sentence that says what is wrong, and nothing written."""
-    assert told.code == 2, told.all
-    assert "Traceback" not in told.all
-    (line,) = [line for line in told.err.splitlines() if line.startswith("error:")]
-    assert says in line
-    assert told.left == []

@@ -1,9 +1,9 @@
 """The algorithm against its mathematics: closed forms, brute force, hand sums and the fixed point.
 
 Every function of losses.py meets an oracle that shares no code with it: mpmath for V*, a float64
-softmax for log-probs and their gradients, enumeration for pass@k, one-by-one runs of an ordinary
-model for packing. The bandit at the end shows that together they have the optimal policy as fixed
-point, and that with another number in V*'s place they do not.
+softmax for log-probs and their gradients, enumeration for pass@k. The bandit at the end shows that
+the optimal policy is the fixed point of V* and the loss together, and that with another number in
+V*'s place it is not.
 """
 
 import itertools
@@ -296,19 +296,6 @@ def test_sequence_logprob_sums_in_float32() -> None:
     assert logp.tolist() == [-4096]
 
 
-def test_eos_counts_also_where_pad_is_eos() -> None:
-    """A mask `token != pad` drops the last token where pad is EOS, and with it ln pi(stop here)."""
-    eos = 0  # and pad, and once inside the prompt
-    inputs, lengths = losses.pack([[7, eos, 3], [5]], [[4, 6, eos], [eos]])
-    hidden, weight, _ = example(6, dim=4, vocabulary=8)
-    token_logp = losses.token_logprob(hidden[inputs["rows"]], weight, inputs["targets"])
-    logp = losses.sequence_logprob(token_logp, lengths)
-    # 4, 6 and EOS are predicted at places 2, 3, 4; the second response's EOS at place 5
-    ln_pi = (hidden @ weight.T).to(FLOAT64).log_softmax(dim=1)
-    expected = torch.stack([ln_pi[2, 4] + ln_pi[3, 6] + ln_pi[4, eos], ln_pi[5, eos]])
-    assert closeness(logp, expected) < 1e-6
-
-
 @pytest.mark.parametrize("lengths", [[3, 2], [3, 4], [], [6, 1]])
 def test_sequence_logprob_refuses_a_wrong_total(lengths: list[int]) -> None:
     with pytest.raises(AssertionError, match="lengths"):
@@ -318,185 +305,6 @@ def test_sequence_logprob_refuses_a_wrong_total(lengths: list[int]) -> None:
 def test_sequence_logprob_refuses_a_column() -> None:
     with pytest.raises(AssertionError, match="lengths"):
         losses.sequence_logprob(torch.zeros(6, 1), torch.tensor([2, 4]))
-
-
-# ---------------------------------------------------------------------------------------------
-# Dealing and packing
-
-
-@quick
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6), st.integers(1, 120))
-def test_deal(lengths: list[int], num_ranks: int, budget: int) -> None:
-    """Lost or doubled sequences, a rank with fewer forwards (FSDP hangs), memory over budget."""
-    hands = losses.deal(lengths, num_ranks, budget)
-    assert len(hands) == num_ranks
-    assert len({len(hand) for hand in hands}) == 1
-    dealt = [i for hand in hands for batch in hand for i in batch]
-    assert sorted(dealt) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for batch in hand for i in batch) for hand in hands]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-    for hand in hands:
-        tokens = [[lengths[i] for i in batch] for batch in hand]
-        assert all(sum(batch) <= budget or len(batch) == 1 for batch in tokens)
-        for batch, following in itertools.pairwise(tokens):  # none cut or empty without need
-            assert not following or (batch and sum(batch) + following[0] > budget)
-    assert any(hand[-1] for hand in hands) or not lengths
-
-
-def test_deal_by_hand() -> None:
-    """20 tokens to one rank, over budget alone; 9, 5, 4, 3 to the other, at most 10 a time."""
-    assert losses.deal([5, 9, 3, 4, 20], 2, 10) == [[[4], [], []], [[1], [0, 3], [2]]]
-    assert losses.deal([7], 3, 10) == [[[0]], [[]], [[]]]
-
-
-def test_pack_by_hand() -> None:
-    """Rows off by one train a model to repeat what it reads; positions must not run on, either."""
-    inputs, lengths = losses.pack([[1, 2, 3], [4], [5, 6]], [[7, 8], [9], [10, 11, 12]])
-    assert inputs["input_ids"].tolist() == [[1, 2, 3, 7, 4, 5, 6, 10, 11]]
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3]]
-    assert inputs["rows"].tolist() == [2, 3, 4, 6, 7, 8]
-    assert inputs["targets"].tolist() == [7, 8, 9, 10, 11, 12]
-    assert inputs["cu_seq_lens_q"].tolist() == [0, 4, 5, 9]
-    assert inputs["cu_seq_lens_q"].dtype == torch.int32  # what the kernel takes
-    assert inputs["max_length_q"] == 4
-    assert lengths.tolist() == [2, 1, 3]
-
-
-def test_pack_refuses_a_prompt_without_response() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        losses.pack([[1], [2]], [[3]])
-
-
-TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=9)
-
-
-@quick
-@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6))
-def test_pack_feeds_no_padding(pairs: list[tuple[list[int], list[int]]]) -> None:
-    inputs, lengths = losses.pack([p for p, _ in pairs], [r for _, r in pairs])
-    assert inputs["input_ids"].shape == (1, sum(len(p) + len(r) - 1 for p, r in pairs))
-    assert inputs["position_ids"].shape == inputs["input_ids"].shape
-    ids, rows = inputs["input_ids"][0], inputs["rows"].split(lengths.tolist())
-    for (prompt, response), places in zip(pairs, rows, strict=True):
-        assert ids[places].tolist() == [prompt[-1], *response[:-1]]
-        assert inputs["position_ids"][0, places[0]] == len(prompt) - 1
-
-
-@pytest.mark.parametrize("scaling", [None, 0.3])
-def test_packed_attention_by_hand(scaling: float | None) -> None:
-    """A wrong window, scale or grouping of heads (head h reads key head h // 2)."""
-    generator = torch.Generator().manual_seed(0)
-    bounds, heads, dim = [0, 4, 5, 11], 4, 8
-    q, k, v = (torch.randn(1, n, bounds[-1], dim, generator=generator) for n in (heads, 2, 2))
-    packing = {"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32), "max_length_q": 6}
-    out, _ = losses.packed_attention(None, q, k, v, None, **packing, scaling=scaling)
-    expected = torch.empty(1, bounds[-1], heads, dim, dtype=FLOAT64)
-    q, k, v = (x[0].to(FLOAT64) for x in (q, k, v))
-    for start, end in itertools.pairwise(bounds):
-        for head, place in itertools.product(range(heads), range(start, end)):
-            seen = slice(start, place + 1)
-            scores = k[head // 2, seen] @ q[head, place] * (scaling or dim**-0.5)
-            weights = scores.exp() / scores.exp().sum()
-            expected[0, place, head] = weights @ v[head // 2, seen]
-    assert out.shape == expected.shape
-    assert closeness(out, expected) < 1e-6
-
-
-# Ragged, in and out of order of length, responses of one token; 0 is EOS and pad.
-PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [11, 3], [9, 0, 4, 4]]
-RESPONSES = [[4, 8, 15, 16, 23, 0], [0], [13, 0], [21, 1, 34, 0], [17]]
-
-
-@pytest.fixture(scope="module")
-def models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A tiny Qwen2 twice, packed and ordinary, its weights so large that context matters."""
-    from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
-
-    AttentionInterface.register("packed", losses.packed_attention)
-    twins = []
-    for implementation in ("packed", "eager"):
-        config = Qwen2Config(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            tie_word_embeddings=True,
-            initializer_range=0.15,
-            eos_token_id=0,
-            pad_token_id=0,
-            attn_implementation=implementation,
-        )
-        torch.manual_seed(0)
-        twins.append(Qwen2ForCausalLM(config))
-    return tuple(twins)
-
-
-def packed_logprob(
-    model: torch.nn.Module, prompts: list, responses: list, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and sequence log-probs of packed sequences, as stage 2 computes them."""
-    inputs, lengths = losses.pack(prompts, responses)
-    rows, targets = inputs.pop("rows"), inputs.pop("targets")
-    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state[0]
-    token_logp = losses.token_logprob(hidden[rows], model.lm_head.weight, targets, temperature)
-    return token_logp, losses.sequence_logprob(token_logp, lengths)
-
-
-def single_logprob(
-    model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float
-) -> torch.Tensor:
-    """The tokens of one response, from the logits of an ordinary run over the whole text."""
-    logits = model(torch.tensor([prompt + response])).logits[0].to(FLOAT64) / temperature
-    ln_pi = logits.log_softmax(dim=1)
-    return torch.stack([ln_pi[len(prompt) - 1 + i, token] for i, token in enumerate(response)])
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_packed_sequences_are_as_if_alone(models: tuple, temperature: float) -> None:
-    """Attention across a border, rows off by one, a temperature forgotten; gradients likewise."""
-    packed, ordinary = models
-    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
-    token_logp, logp = packed_logprob(packed, PROMPTS, RESPONSES, temperature)
-    pairs = zip(PROMPTS, RESPONSES, strict=True)
-    alone = [single_logprob(ordinary, *pair, temperature) for pair in pairs]
-    assert (token_logp - torch.cat(alone)).abs().max() < 1e-5
-    expected = torch.stack([tokens.sum() for tokens in alone])
-    assert (logp - expected).abs().max() < 1e-5
-    for model, result in ((packed, logp), (ordinary, expected)):
-        model.zero_grad()
-        (result * upstream).sum().backward()
-    for (name, x), y in zip(packed.named_parameters(), ordinary.parameters(), strict=True):
-        assert closeness(x.grad, y.grad) < 1e-5, name
-
-
-def test_packed_sequences_do_not_see_each_other(models: tuple) -> None:
-    """Leaks are small and train without complaint: every sequence's first token is changed once."""
-    with torch.no_grad():
-        _, before = packed_logprob(models[0], PROMPTS, RESPONSES)
-        for changed in range(len(PROMPTS)):
-            prompts = [list(prompt) for prompt in PROMPTS]
-            prompts[changed][0] = 49
-            _, after = packed_logprob(models[0], prompts, RESPONSES)
-            difference = (after - before).abs()
-            assert difference[changed] > 1e-2
-            difference[changed] = 0
-            assert difference.max() < 1e-6
-
-
-def test_packed_tokens_do_not_see_the_future(models: tuple) -> None:
-    """A window not asked for lets a token attend to the one it predicts."""
-    responses = [list(response) for response in RESPONSES]
-    responses[0][2] = 49
-    with torch.no_grad():
-        before, _ = packed_logprob(models[0], PROMPTS, RESPONSES)
-        after, _ = packed_logprob(models[0], PROMPTS, responses)
-    difference = (after - before).abs()
-    assert difference[:2].max() < 1e-6
-    assert difference[2:6].min() > 1e-3
-    assert difference[6:].max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,12 +332,12 @@ def test_loss_refuses_to_broadcast(odd: int, shape: tuple[int, ...]) -> None:
     """(B,) against (B, 1) is a (B, B) loss that looks well and learns nothing."""
     tensors = [torch.zeros(4)] * 4
     tensors[odd] = torch.zeros(shape)
-    with pytest.raises(ValueError, match="four tensors"):
+    with pytest.raises(ValueError, match="one shape"):
         losses.a_star_po_loss(*tensors, 1e-3)
 
 
 def test_loss_refuses_four_columns() -> None:
-    with pytest.raises(ValueError, match="four tensors"):
+    with pytest.raises(ValueError, match="one shape"):
         losses.a_star_po_loss(*[torch.zeros(4, 1)] * 4, 1e-3)
 
 
@@ -654,5 +462,5 @@ def test_pass_at_k_of_many_samples(num_samples: int, data: st.DataObject) -> Non
     [(8, 9, 1), (8, -1, 1), (8, 4, 0), (8, 4, -1), (8, 4, 9), (0, 0, 1), (0, 0, 0)],
 )
 def test_pass_at_k_refuses(num_samples: int, num_correct: int, k: int) -> None:
-    with pytest.raises(ValueError, match="num_correct"):
+    with pytest.raises(ValueError, match=r"num_correct|num_samples"):
         losses.pass_at_k(num_samples, num_correct, k)
