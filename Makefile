@@ -1,12 +1,13 @@
-# make demo [SEED=1]   all three stages on a toy, under toy/
-# make test            lint and the tests, one sample of each fault among them
+# make demo            all three stages on a toy, on a laptop; SEED=1 for another toy
+# make test            the tests
+# make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         theory, and the comparison with GRPO, REBEL and PPO (55 minutes)
-# make ablations       the ablations, 3 seeds (75 minutes)
-# make clean           forget toy/ and the environment
+# make results         the theory and the comparison of the methods (hours; it can be resumed)
+# make clean           remove what the above made
 #
-# Each makes the environment in .venv/ when it is missing or older than its requirements files.
-# It is the GPU's if nvidia-smi lists one. Another interpreter: make demo PYTHON=python3.12
+# Each makes the environment in .venv/ first, if it is missing or older than its requirements file.
+# It is the GPU's if there is a GPU. Without one, or if it is too old: make demo KIND=cpu.
+# Another interpreter: make demo PYTHON=python3.12
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -16,72 +17,77 @@ REQUIREMENTS := $(if $(filter gpu,$(KIND)),requirements.txt,requirements-cpu.txt
 ENVIRONMENT := .venv/made-for-$(KIND)
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+# Each seed has a toy of its own, so that its reference can be kept.
+TOY := toy$(if $(filter-out 0,$(SEED)),-$(SEED))
 
-# What is built here comes from here: neither demo nor tests may reach for the hub.
+# The toy is made here: neither demo nor tests may ask the hub.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-faults results ablations lint pytest clean
+.PHONY: demo test test-faults lint results clean
 
 demo: $(ENVIRONMENT)
-	rm -rf toy && mkdir toy && touch toy/started
-	$(RUN) -m experiments.toy --out toy --seed $(SEED)
-	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
-	    --seed $(SEED) --out toy/values.json
-	$(RUN) evaluate.py --model toy/reference --benchmarks toy/test.jsonl --num-samples 8 \
-	    --max-tokens 128 --seed $(SEED) --out toy/before
-	$(RUN) train_online.py --values toy/values.json --lr 1e-4 --batch-size 128 --num-steps 50 \
-	    --save-every 20 --eval-dataset toy/test.jsonl --eval-every 5 --seed $(SEED) --out toy/run
-	$(RUN) evaluate.py --model toy/run/final --benchmarks toy/test.jsonl --num-samples 8 \
-	    --max-tokens 128 --seed $(SEED) --out toy/after
-	$(RUN) -m experiments.report --folder toy
+	@rm -rf $(TOY)/values.json $(TOY)/values.json.partial $(TOY)/before $(TOY)/run $(TOY)/after
+	@mkdir -p $(TOY) && touch $(TOY)/started
+	@echo "[1/6] the problems, and the reference model that will be trained further"
+	$(RUN) -m experiments.toy --out $(TOY) --seed $(SEED) --keep
+	@echo "[2/6] stage 1: eight responses to each problem, and V*"
+	$(RUN) offline_value.py --model $(TOY)/reference --dataset $(TOY)/train.jsonl \
+	    --max-tokens 128 --seed $(SEED) --out $(TOY)/values.json
+	@echo "[3/6] stage 3 on the reference: test problems, eight samples each"
+	$(RUN) evaluate.py --model $(TOY)/reference --benchmarks $(TOY)/test.jsonl --num-samples 8 \
+	    --max-tokens 128 --seed $(SEED) --out $(TOY)/before
+	@echo "[4/6] stage 2: fifty steps of training"
+	$(RUN) train_online.py --values $(TOY)/values.json --lr 1e-4 --batch-size 128 --num-steps 50 \
+	    --save-every 20 --eval-dataset $(TOY)/test.jsonl --eval-every 5 --seed $(SEED) \
+	    --out $(TOY)/run
+	@echo "[5/6] stage 3 on the trained model"
+	$(RUN) evaluate.py --model $(TOY)/run/final --benchmarks $(TOY)/test.jsonl --num-samples 8 \
+	    --seed $(SEED) --out $(TOY)/after
+	@echo "[6/6] before and after"
+	$(RUN) -m experiments.report --folder $(TOY)
 
-test: lint pytest
+test: $(ENVIRONMENT)
+	$(RUN) -m pytest -m "not faults"
+
+test-faults: $(ENVIRONMENT)
+	set -o pipefail; $(RUN) -m pytest -v -rP -m "faults or not faults" tests/test_faults.py \
+	    tests/test_bad_input.py 2>&1 | tee experiments/results/faults.txt
 
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-pytest: $(ENVIRONMENT)
-	$(RUN) -m pytest -m "not faults"
-
-FAULTS := -m "faults or not faults" tests/test_faults.py tests/test_bad_input.py
-test-faults: $(ENVIRONMENT)
-	set -o pipefail; $(RUN) -m pytest -v -rP $(FAULTS) 2>&1 | tee experiments/results/faults.txt
-
-# One thread: on so small a model a second hardly helps, and threads that spin cost the graders.
-results ablations: export OMP_NUM_THREADS := 1
-
+results: export OMP_NUM_THREADS := 1  # a second thread hardly helps so small a model
 results: $(ENVIRONMENT) toy/values.json
 	$(RUN) -m experiments.theory
-	$(RUN) -m experiments.compare --passk 32
-
-ablations: $(ENVIRONMENT) toy/values.json
-	$(RUN) -m experiments.ablate --seeds 3
+	$(RUN) -m experiments.compare
 
 toy/values.json: | $(ENVIRONMENT)
-	$(RUN) -m experiments.toy --out toy --seed $(SEED)
+	$(RUN) -m experiments.toy --out toy --seed 0 --keep
 	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
-	    --seed $(SEED) --out toy/values.json
+	    --seed 0 --out toy/values.json
 
 clean:
-	rm -rf toy .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf toy toy-* countdown .venv .pytest_cache .ruff_cache .hypothesis
 
-# Without a GPU, torch alone is asked of PyTorch's CPU index (requirements-cpu.txt says why), and quickly
-# elsewhere if that cannot be reached.
+# Without a GPU, torch comes from PyTorch's CPU index; requirements-cpu.txt says why.
 $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt
+	@[ "$$(uname -s)" = Linux ] || { echo "error: vLLM runs on Linux alone. On macOS use a Linux \
+	container, on Windows WSL2, or anywhere a cloud notebook's CPU or GPU." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
-	    "error: $(PYTHON) is not Python 3.11 or newer: try again with PYTHON=/path/to/python3.12" >&2; exit 2; }
+	    "error: $(PYTHON) is not Python 3.11 or newer: try make PYTHON=/path/to/python3.12" >&2; \
+	    exit 2; }
 	@echo "Making the environment in .venv from $(REQUIREMENTS): some minutes"
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 ifeq ($(KIND),cpu)
-	$(PIP) install --no-deps --retries 1 --timeout 15 \
+	@$(PIP) install --no-deps --retries 1 --timeout 15 \
 	    --extra-index-url https://download.pytorch.org/whl/cpu $$(grep -o '^torch==[^ ]*' $<)
-	$(PIP) install -r $< -r requirements-dev.txt
-	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(PIP) install -r $< -r requirements-dev.txt
+	@$(PIP) uninstall --yes torchvision torchaudio torchcodec
 else
-	$(PIP) install -r $< -r requirements-dev.txt
+	@$(PIP) install -r $< -r requirements-dev.txt
 endif
-	touch $@
+	@touch $@
