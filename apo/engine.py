@@ -109,6 +109,8 @@ def restart_under_torchrun(num_gpus: int) -> None:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
 
+    # torchrun would set this as well, and warn.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # orig_argv is the command as it was typed, so that `python -m experiments.x` works as well.
     command = [sys.executable, *sys.orig_argv[1:]]
     flags = ["--standalone", f"--nproc-per-node={num_gpus}", "--no-python"]

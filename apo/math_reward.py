@@ -314,14 +314,14 @@ def read_inequality(text: str) -> str:
 
 
 UNIT_TABLE = """
-    m meter metre | cm centimeter centimetre | mm millimeter millimetre | km kilometer kilometre
-    ft foot feet | in inch inche | yd yard | mi mile | kg kilogram | g gram | mg milligram
-    lb pound | oz ounce | l liter litre | ml milliliter | s sec second | min minute | h hr hour
-    degree deg circ | dollar usd | cent | 2 square sq | 3 cubic | km/h kmh | mi/h mph | n newton
-    j joule | w watt | hz hertz | rad radian | am | pm | / per | unit
+    m meter metre   cm centimeter centimetre   mm millimeter millimetre   km kilometer kilometre
+    ft foot feet   in inch inche   yd yard   mi mile   kg kilogram   g gram   mg milligram
+    lb pound   oz ounce   l liter litre   ml milliliter   s sec second   min minute   h hr hour
+    degree deg circ   dollar usd   2 square sq   3 cubic   km/h kmh   mi/h mph   n newton
+    j joule   w watt   hz hertz   rad radian   cent   am   pm   unit   / per
 """
 UNITS = {}
-for row in UNIT_TABLE.split("|"):
+for row in re.split(r"\s{3,}", UNIT_TABLE.strip()):
     for name in row.split():
         UNITS[name] = row.split()[0]
 UNIT = re.compile(

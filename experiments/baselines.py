@@ -1,69 +1,78 @@
-"""What A*-PO is compared with: GRPO, REBEL and PPO on train_online.py's own loop.
+"""GRPO, REBEL and PPO on train_online.py's own loop, to compare A*-PO with.
 
-    python -m experiments.baselines --method grpo --values toy/values.json --out runs/grpo [...]
+Question: what does another algorithm change in the training loop?
+Command:  python -m experiments.baselines --method grpo --values toy/values.json --out runs/grpo
+          with the flags of train_online.py. --beta1 and --beta2 act in `running` alone.
+Time:     that of train_online.py, times the responses per prompt; REBEL and GRPO score most
+          responses once more, PPO also trains a critic.
+Output:   a run folder like that of train_online.py. Prompts come from the values file.
+Answer:   a loss of a few lines, and what it has to know before the update:
 
-takes train_online.py's flags and --method. Engine, prompts, reward, sharding, log and checkpoints
-are that script's; a method is one pure loss and one `learn` function, which stands where
-`train_online.least_squares` does. What each changes:
+             responses  baseline in             pi_ref          pi_t, which        mean of the
+             a prompt   the loss                                sampled            loss over
+A*-PO                1  V*, from stage 1        in the target   -                  responses
+GRPO                 8  mean of the group       KL in the loss  in the ratio       tokens
+REBEL                2  the other of the pair   KL in reward    in the log-ratio   pairs
+PPO                  1  a critic                KL in reward    in the ratio       tokens
 
-             responses  critic  pi_ref          pi_t before        loss, a mean over
-                                                the update
-A*-PO                1  -       in the target   -                  responses: (..)^2, losses.py
-GRPO                 8  -       KL in the loss  in the ratio       tokens: clipped ratio
-REBEL                2  -       KL in reward    in the target      pairs: (..)^2
-PPO                  1  yes     KL in reward    ratio and KL       tokens: clipped ratio
+`running` is A*-PO without stage 1: a running mean of the online rewards stands in V*'s place.
 
-Like A*-PO they do one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1
-and use the same AdamW. Names and defaults are TRL's (constants below), with these differences: one
-pass where TRL's PPO and REBEL's authors do 4; GRPO's KL term as published, with beta = 0.04 and no
-ratio before it (TRL 1.16: beta 0, use_bias_correction_kl); the critic has an optimiser of its own,
-so that vf_coef has nothing to weigh. ln pi_t is the trainer's, not the engine's, as in TRL; for a
-rollout's first update it is that update's own forward and costs nothing (but PPO's reward needs it
-before that).
+All make one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1 and use
+AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
+
+- One pass over each rollout, where TRL's PPO and REBEL's authors make four.
+- GRPO's KL term is the published one, with beta = 0.04. TRL 1.16 has beta = 0.
+- PPO's critic has an optimizer of its own, so there is no vf_coef.
+
+ln pi_t is computed by the trainer, not by the engine.
 """
 
 import argparse
-import itertools
-import sys
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import fsdp
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
 import losses
-import problems
 import train_online
+from apo import command_line, engine, files
+from apo.engine import Response
+from apo.files import UserError
+from apo.policy import DEVICE, MicroBatch, Policy, shard
+from train_online import Algorithm, TrainingData
 
 EPSILON = 0.2  # GRPO's clip range
 BETA = 0.04  # weight of GRPO's KL term (DeepSeekMath, section 4.2)
 ETA = 1.0  # REBEL's step size (the authors' default on TL;DR)
-GAMMA, LAM = 1.0, 0.95  # PPO: discount, and lambda of GAE
-CLIPRANGE, CLIPRANGE_VALUE = 0.2, 0.2  # PPO: of the ratio, of the value
-KL_COEF = 0.05  # PPO and REBEL: weight of -ln(pi_t / pi_ref) in the reward, as in TRL and theirs
+GAMMA = 1.0  # PPO's discount
+LAMBDA = 0.95  # PPO's lambda of GAE
+CLIP_RATIO = 0.2  # PPO's clip range of the ratio
+CLIP_VALUE = 0.2  # PPO's clip range of the value
+KL_COEF = 0.05  # PPO and REBEL: weight of -ln(pi_t / pi_ref) in the reward, as in TRL and REBEL
 CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
+MEMORY = 0.9  # `running`: weight of the rewards before the present step
 
 # ---------------------------------------------------------------------------------------------
-# The losses. R response tokens, B sequences, P prompts, N responses per prompt, as in losses.py
+# The losses, not yet averaged. R response tokens, B sequences, P prompts, N responses per prompt
 
 
-def same_shape(*tensors: Tensor) -> None:
+def check_shapes(*tensors: Tensor) -> None:
     """Raise ValueError unless all are (n,) with one n: others would broadcast silently."""
-    shapes = {tuple(x.shape) for x in tensors}
-    if shapes != {(tensors[0].numel(),)}:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if shapes != [(tensors[0].numel(),)] * len(tensors):
         raise ValueError(f"need tensors of one shape (n,), not {shapes}")
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's (r - mean) / (std + 1e-4) inside each group, (P, N) -> (P, N).
 
-    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; TRL's std (N - 1) and 1e-4. 0 for a group
-    of equal rewards. ValueError unless N >= 2.
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2. The std, with N - 1, and the 1e-4 are TRL's.
+    A group of equal rewards gets 0. Raises ValueError unless N >= 2.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"need rewards (P, N) with N >= 2, not {tuple(rewards.shape)}")
@@ -71,340 +80,343 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
-def grpo_loss(
-    logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor,
-    epsilon: float = EPSILON, beta: float = BETA,
-) -> Tensor:  # fmt: skip
-    """Mean over tokens of -min(w A, clip(w) A) + beta k3, w = pi / pi_t; all (R,) -> ().
+def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor) -> Tensor:
+    """Return -min(w A, clip(w) A) + beta k3 of each token, w = pi / pi_t; all (R,).
 
-    Shao et al. 2024, eq. (3) and (4), with k3 = pi_ref/pi - ln(pi_ref/pi) - 1. The mean is over all
-    tokens, as in TRL's default loss_type "dapo", where the paper's is over each response first.
+    Shao et al. 2024, eq. (3) and (4), with k3 = pi_ref / pi - ln(pi_ref / pi) - 1.
     """
-    same_shape(logp, old_logp, ref_logp, advantages)
+    check_shapes(logp, old_logp, ref_logp, advantages)
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
-    return ppo_loss(logp, old_logp, advantages, epsilon) + beta * k3.mean()
+    return ppo_loss(logp, old_logp, advantages, EPSILON) + BETA * k3
 
 
 def rebel_loss(logratio: Tensor, rewards: Tensor, eta: float = ETA) -> Tensor:
-    """Mean over pairs of ((1/eta) (logratio_1 - logratio_2) - (r_1 - r_2))^2, (P, 2) twice -> ().
+    """Return ((1 / eta) (logratio_1 - logratio_2) - (r_1 - r_2))^2 of each pair, (P, 2) -> (P,).
 
-    `logratio` is ln(pi / pi_t) of whole responses, pi_t the policy that sampled them. Gao et al.
-    2024 (arXiv 2404.16767), eq. (1). Differences inside a pair need no baseline, critic or V*.
+    `logratio` is ln(pi / pi_t) of whole responses. Gao et al. 2024 (arXiv 2404.16767), eq. (1).
+    Differences inside a pair need no baseline, critic or V*.
     """
     if logratio.shape != rewards.shape or rewards.shape[1:] != (2,):
-        shapes = tuple(logratio.shape), tuple(rewards.shape)
+        shapes = f"{tuple(logratio.shape)} and {tuple(rewards.shape)}"
         raise ValueError(f"need logratio and rewards (P, 2), not {shapes}")
-    residual = (logratio[:, 0] - logratio[:, 1]) / eta - (rewards[:, 0] - rewards[:, 1])
-    return residual.square().mean()
+    implicit_reward = (logratio[:, 0] - logratio[:, 1]) / eta
+    target = rewards[:, 0] - rewards[:, 1]
+    return (implicit_reward - target).square()
 
 
 def ppo_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, cliprange: float = CLIPRANGE
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_ratio: float = CLIP_RATIO
 ) -> Tensor:
-    """Mean over tokens of -min(w A, clip(w, 1 ± cliprange) A), w = pi / pi_t; all (R,) -> ().
+    """Return -min(w A, clip(w, 1 - clip_ratio, 1 + clip_ratio) A) of each token; all (R,).
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. (7).
+    w = pi / pi_t. Schulman et al. 2017 (arXiv 1707.06347), eq. (7).
     """
-    same_shape(logp, old_logp, advantages)
+    check_shapes(logp, old_logp, advantages)
     ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    return -torch.min(ratio * advantages, clipped * advantages).mean()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.min(ratio * advantages, clipped * advantages)
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = CLIPRANGE_VALUE
-) -> Tensor:
-    """Half the mean over tokens of max((v - R)^2, (clipped v - R)^2); all (R,) -> ().
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
+    """Return half of max((v - R)^2, (clipped v - R)^2) of each token; all (R,).
 
-    The clip is to old_values ± cliprange_value. Not in the PPO paper but in its code, and in TRL.
+    v is clipped to old_values - CLIP_VALUE and old_values + CLIP_VALUE. This is not in the PPO
+    paper, but in its code and in TRL.
     """
-    same_shape(values, old_values, returns)
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
+    check_shapes(values, old_values, returns)
+    clipped = old_values + (values - old_values).clamp(-CLIP_VALUE, CLIP_VALUE)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
-def token_rewards(
-    rewards: Tensor, old_logp: Tensor, ref_logp: Tensor, lengths: Tensor, kl_coef: float = KL_COEF
-) -> Tensor:
-    """PPO's reward of each token: -kl_coef ln(pi_t / pi_ref), at the last one plus r.
+def token_rewards(rewards: Tensor, old_logp: Tensor, ref_logp: Tensor, lengths: Tensor) -> Tensor:
+    """PPO's reward of each token: -KL_COEF ln(pi_t / pi_ref), plus r at the last token.
 
-    Rewards and lengths (B,), log-probs (R,) -> (R,). Ziegler et al. 2019 (arXiv 1909.08593),
-    eq. (2), its KL shared out over the tokens as TRL does.
+    Takes rewards and lengths (B,), log-probs (R,); returns (R,). Ziegler et al. 2019
+    (arXiv 1909.08593), eq. (2), with its KL spread over the tokens as in TRL.
     """
-    same_shape(old_logp, ref_logp)
-    told = -kl_coef * (old_logp - ref_logp)
-    told[lengths.cumsum(0) - 1] += rewards
-    return told
+    check_shapes(old_logp, ref_logp)
+    result = -KL_COEF * (old_logp - ref_logp)
+    last_tokens = lengths.cumsum(0) - 1
+    result[last_tokens] += rewards
+    return result
 
 
 def gae(
-    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = GAMMA, lam: float = LAM
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = GAMMA, lam: float = LAMBDA
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (R,) each, of packed rewards and values, (R,), with lengths (B,).
+    """Return advantages and returns, (R,) each, from packed rewards and values (R,), lengths (B,).
 
-    A_t = sum_l (gamma lam)^l delta_t+l with delta_t = r_t + gamma v_t+1 - v_t and no value after a
-    response's last token; returns are A + v. Schulman et al. 2016 (arXiv 1506.02438), eq. (16).
+    A_t = delta_t + gamma lam A_t+1 with delta_t = r_t + gamma v_t+1 - v_t, where A and v are 0
+    after a response's last token. Returns are A + v. Schulman et al. 2016 (arXiv 1506.02438),
+    eq. (16).
     """
-    same_shape(rewards, values)
-    if int(lengths.sum()) != len(values):
+    check_shapes(rewards, values)
+    if lengths.sum() != len(values):
         raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(values.shape)}")
-    real = torch.arange(int(lengths.max())) < lengths.cpu()[:, None]  # (B, longest)
-    padded = values.new_zeros(2, *real.shape)
-    padded[:, real.to(values.device)] = torch.stack((rewards, values))
-    r, v = padded.unbind()
-    ahead = torch.zeros_like(v)
-    ahead[:, :-1] = v[:, 1:]
-    advantages = r + gamma * ahead - v
-    for t in reversed(range(advantages.shape[1] - 1)):  # behind a response's end there are zeros
-        advantages[:, t] += gamma * lam * advantages[:, t + 1]
-    flat = advantages[real.to(values.device)]
-    return flat, flat + values
+    # All responses at once, one token after the other from the end: (B, longest), 0 where none is.
+    is_token = torch.arange(int(lengths.max())) < lengths.cpu()[:, None]
+    is_token = is_token.to(values.device)
+    r = values.new_zeros(is_token.shape)
+    v = values.new_zeros(is_token.shape)
+    r[is_token] = rewards
+    v[is_token] = values
+    advantages = torch.zeros_like(v)
+    next_value = torch.zeros_like(v[:, 0])
+    next_advantage = torch.zeros_like(v[:, 0])
+    for t in reversed(range(v.shape[1])):
+        delta = r[:, t] + gamma * next_value - v[:, t]
+        advantages[:, t] = delta + gamma * lam * next_advantage
+        next_value = v[:, t]
+        next_advantage = advantages[:, t]
+    packed = advantages[is_token]
+    return packed, packed + values
 
 
 # ---------------------------------------------------------------------------------------------
-# What their steps have in common
+# From tokens to sequences, and ln pi_t
 
 
-def token_updates(responses: list[dict], args: argparse.Namespace) -> list[list]:
-    """Cut a rollout into updates of micro-batches whose `share` is of the update's tokens.
+def token_mean(token_losses: Tensor, batch: MicroBatch) -> Tensor:
+    """Return (B,) losses whose mean over all sequences is the mean of (R,) over all tokens.
 
-    So that share times a micro-batch's token mean adds up to the update's, whatever the split.
+    The update takes the mean over sequences. Each sequence counts by the sum over its tokens, in
+    units of the mean length in the whole update, so that the split into micro-batches is no matter.
     """
-    size, updates = len(responses) // args.updates_per_batch, []
-    for start in range(0, len(responses), size):
-        update = responses[start : start + size]
-        batches = train_online.micro_batches(update, args)
-        total = sum(len(response["ids"]) for response in update)
-        for batch in batches:
-            batch.share = int(batch.lengths.sum()) / total if batch.share else 0.0
-        updates.append(batches)
-    return updates
+    parts = token_losses.split(batch.lengths.tolist())
+    sums = torch.stack([part.sum() for part in parts])
+    return sums * (batch.num_sequences / batch.num_tokens)
 
 
-def pair_updates(responses: list[dict], args: argparse.Namespace) -> list[list]:
-    """Cut a rollout into updates of micro-batches of whole pairs; `share` is of the pairs.
+def for_each_token(numbers: Tensor, batch: MicroBatch) -> Tensor:
+    """Repeat the number of each sequence for its tokens, (B,) -> (R,)."""
+    return numbers.repeat_interleave(batch.lengths.to(numbers.device))
 
-    train_online.micro_batches deals single responses; here two that follow each other are dealt as
-    one, since a pair's loss needs both.
-    """
-    rank, world, updates = dist.get_rank(), dist.get_world_size(), []
-    size = len(responses) // args.updates_per_batch
-    for start in range(0, len(responses), size):
-        update = responses[start : start + size]
-        lengths = [len(r["prompt_ids"]) + len(r["ids"]) - 1 for r in update]
-        both = [sum(lengths[i : i + 2]) for i in range(0, size, 2)]
-        batches = []
-        for hand in losses.deal(both, world, args.micro_batch_tokens)[rank]:
-            chosen = [update[2 * i + k] for i in hand for k in (0, 1)] or update[:2]
-            ids = [r["prompt_ids"] for r in chosen], [r["ids"] for r in chosen]
-            inputs, counts = losses.pack(*ids)
-            device = train_online.DEVICE
-            rewards = torch.tensor([r["reward"] for r in chosen], device=device)
-            gaps = torch.tensor([x for r in chosen for x in r["sampler_logp"]], device=device)
-            inputs |= {"temperature": args.temperature}
-            batch = {"inputs": inputs, "lengths": counts, "rewards": rewards, "sampler_logp": gaps}
-            batches.append(SimpleNamespace(**batch, share=len(hand) / len(both)))
-        updates.append(batches)
-    return updates
+
+def logratio_to_ref(batch: MicroBatch, token_logp: Tensor) -> dict[str, Tensor]:
+    """Return the statistic that the log calls logratio: ln(pi / pi_ref) of each response, (B,)."""
+    return {"logratio": losses.sequence_logprob(token_logp - batch.ref_logp, batch.lengths)}
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, batches: Iterable, name: str) -> None:
-    """Give every micro-batch the model's numbers for its tokens, (R,), under `name`."""
-    for batch in batches:
-        setattr(batch, name, model(**batch.inputs))
+def add_old_logp(policy: Policy, updates: list[list[MicroBatch]]) -> None:
+    """Give the micro-batches ln pi_t, from before the step's updates.
 
-
-def descend(
-    model: torch.nn.Module, optimizer: Any, updates: list[list], loss_of: Callable
-) -> tuple[float, float, float, float, float]:
-    """One optimiser step for each update; what train_online.least_squares returns.
-
-    `loss_of(batch, output)` is the mean over a micro-batch; its `share` makes it global. All but
-    the loss and the norm are of the first update, before it moves the weights.
+    Those of the first update need none: their own forward pass comes before any update.
     """
-    device = next(model.parameters()).device
-    sums, norms = torch.zeros(5, dtype=torch.float64, device=device), []
-    for number, update in enumerate(updates):
-        for batch in update:
-            output = model(**batch.inputs)
-            loss = loss_of(batch, output) * batch.share
-            (loss * dist.get_world_size()).backward()  # FSDP takes the mean over the ranks
-            sums[0] += loss.detach() / len(updates)
-            if number == 0 and batch.share:
-                sums[1] += (output - batch.ref_logp).detach().sum()
-                sums[2] += (output - batch.sampler_logp).detach().abs().sum()
-                sums[3:] += torch.tensor([len(output), len(batch.lengths)], device=device)
-        norms.append(clip_grad_norm_(model.parameters(), 1.0).full_tensor())
-        optimizer.step()
-        optimizer.zero_grad()
-    dist.all_reduce(sums)
-    loss, logratio, gap, tokens, responses = sums.tolist()
-    norm = torch.stack(norms).mean().item()
-    return loss, logratio / responses, logratio / tokens, norm, gap / tokens
+    for batches in updates[1:]:
+        for batch in batches:
+            batch.extra["old_logp"] = policy(**batch.inputs)
+
+
+def get_old_logp(batch: MicroBatch, token_logp: Tensor) -> Tensor:
+    """Return ln pi_t of each token, (R,); see `add_old_logp`."""
+    return batch.extra.get("old_logp", token_logp.detach())
 
 
 # ---------------------------------------------------------------------------------------------
-# The methods: a `learn` for train_online.train each
+# GRPO, REBEL and `running`
 
 
-def grpo_step(
-    policy: Any, ref: Any, optimizer: Any, responses: list[dict],
-    args: argparse.Namespace, lap: Callable[[], None],
-) -> tuple[float, float, float, float, float]:  # fmt: skip
-    """GRPO on a rollout; a prompt's responses follow each other in it."""
-    rewards = torch.tensor([r["reward"] for r in responses]).view(-1, args.samples_per_prompt)
-    advantages = group_advantages(rewards).flatten().tolist()
-    # From here on a response's "reward" is its advantage: micro-batches carry it along.
-    responses = [r | {"reward": a} for r, a in zip(responses, advantages, strict=True)]
-    updates = token_updates(responses, args)
-    score(ref, itertools.chain(*updates), "ref_logp")
-    lap()
-    score(policy, itertools.chain(*updates[1:]), "old_logp")
+def grpo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
+    """GRPO: a clipped policy gradient, with the group of a prompt's responses as its baseline.
 
-    def loss_of(batch: Any, logp: Tensor) -> Tensor:
-        old_logp = getattr(batch, "old_logp", logp.detach())
-        of_tokens = batch.rewards.repeat_interleave(batch.lengths.to(logp.device))
-        return grpo_loss(logp, old_logp, batch.ref_logp, of_tokens)
+    The mean is over all tokens, as in TRL's loss_type "dapo"; the paper takes it over each response
+    first.
+    """
 
-    return descend(policy, optimizer, updates, loss_of)
+    def credit(responses: list[Response]) -> None:
+        # The responses to a prompt follow each other.
+        rewards = torch.tensor([response.reward for response in responses])
+        advantages = group_advantages(rewards.view(-1, args.samples_per_prompt))
+        for response, advantage in zip(responses, advantages.flatten().tolist(), strict=True):
+            response.numbers["advantage"] = advantage
+
+    def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        old_logp = get_old_logp(batch, token_logp)
+        advantages = for_each_token(batch.numbers["advantage"], batch)
+        token_losses = grpo_loss(token_logp, old_logp, batch.ref_logp, advantages)
+        return token_mean(token_losses, batch), logratio_to_ref(batch, token_logp)
+
+    return Algorithm(loss, credit=credit, prepare=add_old_logp)
 
 
-def rebel_step(
-    policy: Any, ref: Any, optimizer: Any, responses: list[dict],
-    args: argparse.Namespace, lap: Callable[[], None],
-) -> tuple[float, float, float, float, float]:  # fmt: skip
-    """REBEL on a rollout of two responses per prompt, which follow each other."""
-    updates = pair_updates(responses, args)
-    score(ref, itertools.chain(*updates), "ref_logp")
-    lap()
-    score(policy, itertools.chain(*updates[1:]), "old_logp")
+def rebel(args: argparse.Namespace, data: TrainingData) -> Algorithm:
+    """REBEL: fit the difference of two log-ratios to the difference of two rewards."""
 
-    def loss_of(batch: Any, logp: Tensor) -> Tensor:
-        old_logp = getattr(batch, "old_logp", logp.detach())
-        logratio = losses.sequence_logprob(logp - old_logp, batch.lengths)
+    def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        old_logp = get_old_logp(batch, token_logp)
+        logratio = losses.sequence_logprob(token_logp - old_logp, batch.lengths)
         kl = losses.sequence_logprob(old_logp - batch.ref_logp, batch.lengths)
-        return rebel_loss(logratio.view(-1, 2), (batch.rewards - KL_COEF * kl).view(-1, 2))
+        rewards = batch.rewards - KL_COEF * kl
+        pair_losses = rebel_loss(logratio.view(-1, 2), rewards.view(-1, 2))
+        # Both sequences of a pair get its loss, so that the mean over sequences is that over pairs.
+        return pair_losses.repeat_interleave(2), logratio_to_ref(batch, token_logp)
 
-    return descend(policy, optimizer, updates, loss_of)
+    return Algorithm(loss, prepare=add_old_logp, group_size=2)
 
 
-CRITIC: dict[str, Any] = {}  # PPO's "model" and "optimizer", from the first step on
+def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
+    """A*-PO with a running mean of all online rewards in V*'s place, and so without stage 1."""
+    mean = None
+
+    def credit(responses: list[Response]) -> None:
+        nonlocal mean
+        step_mean = sum(response.reward for response in responses) / len(responses)
+        if mean is None:
+            mean = step_mean  # nothing is known before the first step
+        for response in responses:
+            response.numbers["v_star"] = mean
+        mean = MEMORY * mean + (1 - MEMORY) * step_mean
+
+    return train_online.a_star_po(args.beta2)._replace(credit=credit)
+
+
+# ---------------------------------------------------------------------------------------------
+# PPO
 
 
 class Critic(torch.nn.Module):
-    """The reference without its head, and a Linear to one number, 0 at first."""
+    """The reference without its head, and a linear map to one number, 0 at first."""
 
-    def __init__(self, body: torch.nn.Module):
+    def __init__(self, body: torch.nn.Module) -> None:
         super().__init__()
-        self.body, self.head = body, torch.nn.Linear(body.config.hidden_size, 1)
+        self.body = body
+        self.head = torch.nn.Linear(body.config.hidden_size, 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, rows: Tensor, targets: Tensor, temperature: float, **inputs: Any) -> Tensor:
-        """Value before each response token, from all that stands before it; (R,) float32."""
+        """Return the value before each response token, (R,) float32; it takes what Policy takes."""
         hidden = self.body(use_cache=False, **inputs).last_hidden_state[0]
-        return self.head(hidden[rows]).float().sum(1)  # of one: no view, which FSDP warns of
+        # A sum over one number, and not a view of it, which FSDP warns of.
+        return self.head(hidden[rows]).float().sum(dim=1)
 
 
-def make_critic(policy: Any, args: argparse.Namespace) -> None:
-    """Put into CRITIC a critic made of the reference, sharded as the policy is, and its AdamW."""
-    mesh = next(policy.parameters()).device_mesh
-    options = {"dtype": torch.float32, "attn_implementation": "packed"}
-    lm = AutoModelForCausalLM.from_pretrained(problems.model_folder(args.model), **options)
-    if args.gradient_checkpointing:
+def load_critic(folder: Path, mesh: DeviceMesh, gradient_checkpointing: bool) -> Critic:
+    """Make a critic of the reference, sharded as the policy is."""
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="packed"
+    )
+    if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     critic = Critic(lm.base_model)
-    options = {"mesh": mesh}  # as in train_online.shard
-    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(train_online.COMPUTE, torch.float32)}
-    options |= {"reshard_after_forward": train_online.ON_GPU}
-    for module in [*critic.body.layers, critic]:
-        fsdp.fully_shard(module, **options)
-    optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
-    CRITIC.update(model=critic.train(), optimizer=optimizer)
+    shard([*critic.body.layers, critic], mesh)
+    return critic.train()
 
 
-def whiten(batches: list) -> None:
+def whiten(batches: list[MicroBatch]) -> None:
     """Give the advantages, those of all ranks together, mean 0 and variance 1, as TRL does."""
-    mine = [batch.advantages.double() for batch in batches if batch.share]
-    flat = torch.cat([*mine, batches[0].advantages.double()[:0]])  # a rank may have none
-    sums = torch.stack((flat.new_tensor(len(flat)), flat.sum(), flat.square().sum()))
+    sums = torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    for batch in batches:
+        advantages = batch.extra["advantages"].double()
+        count = torch.tensor(len(advantages), dtype=torch.float64, device=DEVICE)
+        parts = (count, advantages.sum(), advantages.square().sum())
+        sums += batch.weight * torch.stack(parts)
     dist.all_reduce(sums)
-    count, mean = sums[0], sums[1] / sums[0]
-    variance = (sums[2] / count - mean.square()) * count / (count - 1)
+    count, total, total_square = sums
+    mean = total / count
+    variance = (total_square / count - mean.square()) * count / (count - 1)
     for batch in batches:
-        batch.advantages = ((batch.advantages - mean) * (variance + 1e-8).rsqrt()).float()
+        centred = batch.extra["advantages"] - mean
+        batch.extra["advantages"] = (centred * (variance + 1e-8).rsqrt()).float()
 
 
-def ppo_step(
-    policy: Any, ref: Any, optimizer: Any, responses: list[dict],
-    args: argparse.Namespace, lap: Callable[[], None],
-) -> tuple[float, float, float, float, float]:  # fmt: skip
-    """PPO on a rollout: GAE, then policy and critic, which share nothing, one after the other."""
-    if not CRITIC:
-        make_critic(policy, args)
-    updates = token_updates(responses, args)
-    batches = list(itertools.chain(*updates))
-    score(ref, batches, "ref_logp")
-    lap()
-    score(policy, batches, "old_logp")
-    score(CRITIC["model"], batches, "old_values")
-    for batch in batches:
-        rewards = token_rewards(batch.rewards, batch.old_logp, batch.ref_logp, batch.lengths)
-        batch.advantages, batch.returns = gae(rewards, batch.old_values, batch.lengths)
-    whiten(batches)
-    told = descend(policy, optimizer, updates,
-                   lambda b, logp: ppo_loss(logp, b.old_logp, b.advantages))  # fmt: skip
-    descend(CRITIC["model"], CRITIC["optimizer"], updates,
-            lambda b, values: value_loss(values, b.old_values, b.returns))  # fmt: skip
-    return told
+def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
+    """PPO: a clipped policy gradient, whose baseline is a critic that is trained beside it."""
+    critic = None
+    optimizer = None
+
+    def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
+        nonlocal critic, optimizer
+        if critic is None:
+            folder = files.model_folder(data.values.header["model"])
+            mesh = next(policy.parameters()).device_mesh
+            critic = load_critic(folder, mesh, args.gradient_checkpointing)
+            optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
+
+        all_batches = [batch for batches in updates for batch in batches]
+        with torch.no_grad():
+            for batch in all_batches:
+                old_logp = policy(**batch.inputs)
+                values = critic(**batch.inputs)
+                rewards = token_rewards(batch.rewards, old_logp, batch.ref_logp, batch.lengths)
+                advantages, returns = gae(rewards, values, batch.lengths)
+                batch.extra["old_logp"] = old_logp
+                batch.extra["old_values"] = values
+                batch.extra["advantages"] = advantages
+                batch.extra["returns"] = returns
+        whiten(all_batches)
+        # Critic and policy share no weights, so the critic can be updated here, before the policy.
+        train_online.update(critic, optimizer, updates, critic_loss)
+
+    def critic_loss(batch: MicroBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        token_losses = value_loss(values, batch.extra["old_values"], batch.extra["returns"])
+        return token_mean(token_losses, batch), {}
+
+    def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        token_losses = ppo_loss(token_logp, batch.extra["old_logp"], batch.extra["advantages"])
+        return token_mean(token_losses, batch), logratio_to_ref(batch, token_logp)
+
+    return Algorithm(loss, prepare=prepare)
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
-# name: (its step, responses per prompt)
+
+class Method(NamedTuple):
+    """What --method names."""
+
+    make: Callable[[argparse.Namespace, TrainingData], Algorithm]
+    samples_per_prompt: int  # unless --samples-per-prompt is given
+    # Whether a run can be resumed: not if the method keeps something that no checkpoint has.
+    can_resume: bool = True
+
+
 METHODS = {
-    "a_star_po": (train_online.least_squares, 1),
-    "grpo": (grpo_step, 8),
-    "rebel": (rebel_step, 2),
-    "ppo": (ppo_step, 1),
+    "grpo": Method(grpo, samples_per_prompt=8),
+    "rebel": Method(rebel, samples_per_prompt=2),
+    "ppo": Method(ppo, samples_per_prompt=1, can_resume=False),
+    "running": Method(running, samples_per_prompt=1, can_resume=False),
 }
 
 
-def train_with(learn: Callable, flags: list[str], module: str, **named: str) -> None:
-    """Run train_online's main with another step; `named` goes into the run's config.json.
+def make_parser() -> argparse.ArgumentParser:
+    """Take the flags of train_online.py, and add --method."""
+    parser = train_online.make_parser()
+    parser.description = __doc__.splitlines()[0]
+    parser.epilog = None
+    group = parser.add_argument_group("baseline")
+    group.add_argument("--method", choices=METHODS, required=True, help="what to train with")
+    # None stands for the method's own number.
+    parser.set_defaults(samples_per_prompt=None)
+    return parser
 
-    `module` is the one running, with sys.argv as it was given: how torchrun starts it again.
-    """
-    again = ["-m", module, *sys.argv[1:]]
-    sys.argv = [sys.argv[0], *flags]
-    args = train_online.parser.parse_args()
-    vars(args).update(named)
-    n, method = args.samples_per_prompt, named.get("method")
-    if (method == "grpo" and n < 2) or (method == "rebel" and n != 2):
-        raise problems.UserError(f"--samples-per-prompt {n} is not for {method}: leave it out")
-    if method == "ppo" and args.resume:
-        raise problems.UserError("PPO cannot --resume: its critic is in no checkpoint")
-    checked = train_online.check(args)
-    sys.argv = again
-    problems.launch()
-    train_online.train(args, *checked, learn)
+
+def check_method(args: argparse.Namespace) -> None:
+    """Fill in --samples-per-prompt; raise UserError for what the method cannot do."""
+    method = METHODS[args.method]
+    if args.samples_per_prompt is None:
+        args.samples_per_prompt = method.samples_per_prompt
+    if args.method == "grpo" and args.samples_per_prompt < 2:
+        raise UserError("--samples-per-prompt 1 is no group: GRPO needs at least 2")
+    if args.method == "rebel" and args.samples_per_prompt != 2:
+        raise UserError(f"--samples-per-prompt {args.samples_per_prompt}: REBEL needs pairs, 2")
+    if args.resume and not method.can_resume:
+        raise UserError(
+            f"{args.method} cannot --resume, because a checkpoint has the policy alone: "
+            "start again, with another --out"
+        )
 
 
 def main() -> None:
-    """Choose the method and train."""
-    about = __doc__.splitlines()[0] + " With train_online.py's own flags, which follow:"
-    parser = argparse.ArgumentParser(description=about, add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", choices=METHODS, required=True, help="what to train with")
-    if {"-h", "--help"} & set(sys.argv):
-        parser.print_help()
-        train_online.parser.parse_args()  # prints its own, and exits
-    chosen, flags = parser.parse_known_args()
-    learn, group = METHODS[chosen.method]
-    flags = ["--samples-per-prompt", str(group), *flags]
-    train_with(learn, flags, "experiments.baselines", method=chosen.method)
+    """Check, launch, train."""
+    args = make_parser().parse_args()
+    check_method(args)
+    data = train_online.check(args)
+    engine.launch(args.tensor_parallel_size)
+    train_online.train(args, data, METHODS[args.method].make(args, data))
 
 
 if __name__ == "__main__":
-    problems.run(main)
+    command_line.run(main)

@@ -34,7 +34,7 @@ from torch import Tensor
 import losses
 from apo import engine
 from apo.files import write_text
-from experiments.plot import COLOURS
+from experiments.plot import COLOURS, Label, finish, label_lines, save
 
 FLOAT64 = torch.float64
 BETA = 0.25  # beta1 and beta2 of the bandit
@@ -128,9 +128,10 @@ def fixed_point(num_steps: int = 3000) -> Part:
     for name, on_policy in (("on-policy", True), ("off-policy", False)):
         descent = regress(on_policy, num_steps)
         for i, baseline in enumerate(BASELINES):
+            value = f"{values[i]:.4f}"
             distance = f"{descent.distances[-1, i].item():.1e}"
             loss = f"{descent.loss[i].item():.1e}"
-            log.append(row.format(name, baseline, f"{values[i]:.4f}", distance, loss))
+            log.append(row.format(name, baseline, value, distance, loss))
         indices = torch.tensor(steps) - 1
         data[name] = descent.distances[indices].T.tolist()
     log.append("distance: to pi*, in total variation")
@@ -205,13 +206,25 @@ def success_rates() -> Tensor:
     return torch.cat([low[:-1], torch.linspace(0.01, 0.999, 990, dtype=FLOAT64)])
 
 
+class ErrorRow(NamedTuple):
+    """Where the standard error and the bias are largest, for one N and beta1."""
+
+    n: int
+    beta1: float
+    p_delta: float  # where the standard error is largest to first order in 1/N
+    p: float  # where it is largest
+    stderr: float  # there
+    stderr_at_half: float  # at a success rate of 1/2
+    bias: float  # the largest
+    p_bias: float  # where that is
+
+
 def standard_errors() -> Part:
     """Part 3: at which success rate the standard error and the bias of V* are largest.
 
     To first order in 1/N, the standard error is |dV*/dp| sqrt(p (1 - p) / N). That is largest at
     p = 1 / (1 + e^(1/beta1)), whatever N is: the column "p, delta" (the delta method).
     """
-    row = "{:>3} {:>6} {:>9} {:>9} {:>7} {:>7} {:>6} {:>8} {:>7}"
     log = [
         "3. Standard error (s.e.) and bias of V* from N samples, at the success rate p where each",
         "   is largest",
@@ -224,23 +237,24 @@ def standard_errors() -> Part:
     rows = []
     for n, beta1 in itertools.product(NUM_SAMPLES, BETA1S):
         error = exact_error(p, n, beta1)
-        found = {
-            "n": n,
-            "beta1": beta1,
-            "p_delta": 1 / (1 + math.exp(1 / beta1)),
-            "p": p[error.stderr.argmax()].item(),
-            "stderr": error.stderr.max().item(),
-            "stderr_at_half": exact_error(half, n, beta1).stderr.item(),
-            "bias": error.bias.min().item(),
-            "p_bias": p[error.bias.argmin()].item(),
-        }
-        rows.append(found)
-        cells = [f"{found['p_delta']:.2g}", f"{found['p']:.2g}", f"{found['stderr']:.4f}"]
-        cells.append(f"{found['stderr_at_half']:.4f}")
-        cells.append(f"{found['stderr'] / found['stderr_at_half']:.2f}")
-        cells.append(f"{found['bias']:.4f}")
-        cells.append(f"{found['p_bias']:.2g}")
-        log.append(row.format(n, beta1, *cells))
+        highest = error.stderr.argmax()
+        lowest = error.bias.argmin()
+        found = ErrorRow(
+            n=n,
+            beta1=beta1,
+            p_delta=1 / (1 + math.exp(1 / beta1)),
+            p=p[highest].item(),
+            stderr=error.stderr[highest].item(),
+            stderr_at_half=exact_error(half, n, beta1).stderr.item(),
+            bias=error.bias[lowest].item(),
+            p_bias=p[lowest].item(),
+        )
+        rows.append(found._asdict())
+        log.append(
+            f"{n:>3} {beta1:>6} {found.p_delta:>9.2g} {found.p:>9.2g} {found.stderr:>7.4f} "
+            f"{found.stderr_at_half:>7.4f} {found.stderr / found.stderr_at_half:>6.2f} "
+            f"{found.bias:>8.4f} {found.p_bias:>7.2g}"
+        )
     log.append("CONTRADICTS THE REBUTTAL, which has the s.e. largest at p = 1/2. That holds for")
     log.append(
         "N = 1, where V* is the one reward, and nearly for beta1 = 10. Otherwise p is lower."
@@ -252,94 +266,67 @@ def standard_errors() -> Part:
 # 4. Pictures
 
 
-def label(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
-    """Write the name of a line at its right end, or at another point of it."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color=colour,
-        fontsize=8,
-        va="center",
-        annotation_clip=False,
-    )
-
-
-def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Give a panel the title, the labels and the grid that all panels have."""
-    axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=8.5)
-    axes.set_ylabel(y_label, fontsize=8.5)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: pyplot.Figure, out: Path) -> None:
-    """Write a picture at twice the resolution of a screen."""
-    figure.savefig(out, dpi=200)
-    pyplot.close(figure)
-
-
 def draw_fixed_point(data: dict, out: Path) -> None:
     """Draw the distance to pi* against steps, off-policy on the left, on-policy on the right."""
     figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 3.1), layout="constrained", sharey=True)
+    off_policy, on_policy = panels
+    labels = []
     for baseline, colour, distances in zip(BASELINES, COLOURS, data["off-policy"], strict=False):
-        panels[0].loglog(data["steps"], distances, color=colour)
-        label(panels[0], baseline, data["steps"][-1], distances[-1], colour)
+        off_policy.loglog(data["steps"], distances, color=colour)
+        labels.append(Label(baseline, distances[-1], colour))
+    # The three lines coincide. Drawn in three widths, all of them can be seen.
     for width, colour, distances in zip((5, 3, 1), COLOURS, data["on-policy"], strict=False):
-        panels[1].loglog(data["steps"], distances, color=colour, linewidth=width)
-    label(panels[1], "all three", data["steps"][-1], distances[-1], "black")
-    finish(
-        panels[0],
-        "Off-policy, only the exact V* leads to π*",
-        "step",
-        "distance to π* (total variation)",
-    )
-    finish(panels[1], "On-policy, any number in V*'s place does", "step", "")
-    panels[0].set_ylim(1e-8, 1)
+        on_policy.loglog(data["steps"], distances, color=colour, linewidth=width)
+    off_policy.set_ylim(1e-14, 2)
+    label_lines(off_policy, labels)
+    label_lines(on_policy, [Label("all three", data["on-policy"][0][-1], "black")])
+    y_label = "distance to π* (total variation)"
+    finish(off_policy, "Off-policy, only the exact V* leads to π*", "step", y_label)
+    finish(on_policy, "On-policy, any number in its place does", "step", "")
     save(figure, out)
 
 
 def draw_limits(data: dict, out: Path) -> None:
     """Draw V* against beta1, a line for each number of right answers."""
     figure, axes = pyplot.subplots(figsize=(5.4, 3.6), layout="constrained")
+    labels = []
     for k in range(9):
         values = [row[k] for row in data["v_star"]]
         axes.semilogx(data["beta1"], values, color=COLOURS[0], linewidth=1.4)
-        label(axes, f"{k} of 8 right", data["beta1"][-1], values[-1], COLOURS[0])
+        labels.append(Label(f"{k} of 8 right", values[-1], COLOURS[0]))
     axes.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
-    label(axes, "published: 0.5", 0.5, 0.04, "0.3")
+    axes.text(0.55, 0.03, "published β1", color="0.3", fontsize=8)
+    label_lines(axes, labels)
     finish(axes, "V* falls from the best reward to the mean as β1 grows", "β1", "V* of 8 rewards")
     save(figure, out)
 
 
-def draw_errors(data: dict, out: Path) -> None:
+def draw_errors(out: Path) -> None:
     """Draw the standard error and the bias of V* against the success rate."""
     figure, panels = pyplot.subplots(1, 3, figsize=(8.2, 3.1), layout="constrained")
+    noise, samples, bias = panels
     p = torch.linspace(0.001, 0.999, 999, dtype=FLOAT64)
     for beta1, colour in zip(BETA1S, COLOURS, strict=False):
         error = exact_error(p, 8, beta1)
-        draw_error(panels[0], p, error.stderr, f"β1 = {beta1:g}", colour)
-        draw_error(panels[2], p, error.bias, f"β1 = {beta1:g}", colour)
+        draw_error(noise, p, error.stderr, f"β1 = {beta1:g}", colour)
+        draw_error(bias, p, -error.bias, f"β1 = {beta1:g}", colour)
     for n, colour in zip(NUM_SAMPLES, COLOURS, strict=False):
-        draw_error(panels[1], p, exact_error(p, n, 0.5).stderr, f"N = {n}", colour)
-    for axes in panels:
-        axes.set_xlim(0, 1)
+        draw_error(samples, p, exact_error(p, n, 0.5).stderr, f"N = {n}", colour)
+    bias.set_yscale("log")
+    bias.set_ylim(1e-4, 1)
     x_label = "success rate of the prompt"
-    finish(panels[0], "V* is noisiest at low rates", x_label, "standard error of V*, N = 8")
-    finish(panels[1], "More samples: less noise", x_label, "standard error of V*, β1 = 0.5")
-    finish(panels[2], "V* is biased low", x_label, "bias of V*, N = 8")
+    finish(noise, "V* is noisiest at a low rate", x_label, "standard error of V*, N = 8")
+    finish(samples, "N = 1 alone peaks at 1/2", x_label, "standard error of V*, β1 = 0.5")
+    finish(bias, "V* is too low on average", x_label, "true V* − mean of V*, N = 8")
     save(figure, out)
 
 
 def draw_error(axes: Axes, p: Tensor, values: Tensor, name: str, colour: str) -> None:
-    """Draw one line, with its name at the point that is farthest from zero."""
+    """Draw one line, and write its name above its highest point."""
     axes.plot(p, values, color=colour, linewidth=1.5)
-    place = values.abs().argmax()
-    axes.plot(p[place], values[place], "o", color=colour, markersize=4)
-    label(axes, name, p[place].item(), values[place].item(), colour)
+    top = (p[values.argmax()], values.max())
+    axes.plot(*top, "o", color=colour, markersize=4)
+    axes.annotate(name, top, (-2, 5), textcoords="offset points", color=colour, fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,7 +361,7 @@ def main() -> None:
     parts = {"fixed-point": fixed_point(), "v-star": limits(), "standard-error": standard_errors()}
     draw_fixed_point(parts["fixed-point"].data, args.out / "theory-fixed-point.png")
     draw_limits(parts["v-star"].data, args.out / "theory-v-star.png")
-    draw_errors(parts["standard-error"].data, args.out / "theory-standard-error.png")
+    draw_errors(args.out / "theory-standard-error.png")
     log = [f"$ python -m experiments.theory --out {args.out}"]
     data = {}
     for name, part in parts.items():

@@ -1,14 +1,13 @@
-"""Nothing is lost: kills, torn files, full disks, dead ranks, signals and everyday accidents.
+"""Nothing is lost: kills, cut files, full disks, dead ranks, signals and everyday accidents.
 
-`make test` runs one sample of each fault and `make test-faults` all of them. The scripts are run as
-a user runs them and the faults are the system's own: signals, damaged bytes, a disk of 20 MB. A
-kill counts only if the stage was at work: after its first checkpoint or partial record and before
-its end. Moments are drawn from a seed; where in a step they fall is the machine's.
+`make test` runs one sample of each fault and `make test-faults` all of them. The scripts run as a
+user starts them, and the faults are the system's own: signals, cut files, a disk of 40 MB. A kill
+counts only if the stage was at work: after its first checkpoint or record, and before its end.
+Moments are drawn from a seed; where in a step they fall depends on the machine.
 """
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import random
@@ -26,6 +25,7 @@ import pytest
 from conftest import (
     NUM_PROMPTS,
     RAGGED,
+    ROOT,
     edit_values,
     kill,
     read_metrics,
@@ -38,40 +38,57 @@ from conftest import (
     write_lines,
 )
 
-import evaluate
-import problems
-from problems import UserError
-from train_online import whole_step
+from apo import engine, files, problems
+from apo.files import UserError
+from apo.policy import find_checkpoint, saved_step
 
-TIMING = """seconds_generate seconds_grade seconds_ref seconds_update seconds_sync seconds_total
-tokens_per_second peak_gib seconds grading sha256 out resume"""
-STARTS = 300  # seconds in which a run must have got to work, on whatever cores are left
+# What differs between two runs of the same settings.
+MEASURED = ("tokens_per_second", "peak_gib", "seconds", "grading", "out", "resume")
+START_SECONDS = 300  # in which a run must have got to work, however busy the cores are
 many = pytest.mark.faults
 
 
-def untimed(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k not in TIMING.split()}
+def without_times(row: dict) -> dict:
+    """Drop what was measured, not computed."""
+    kept = {}
+    for name, value in row.items():
+        if name not in MEASURED and not name.startswith("seconds_"):
+            kept[name] = value
+    return kept
 
 
-def only_error(told: SimpleNamespace) -> str:
-    """Return the one sentence in which a run told why it ended."""
-    assert "Traceback" not in told.all and "Exception ignored" not in told.all, told.all
-    lines = [line for line in told.err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, told.all
+def only_error(result: SimpleNamespace) -> str:
+    """Return the one sentence in which a run said why it ended."""
+    assert "Traceback" not in result.all and "Exception ignored" not in result.all, result.all
+    lines = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.all
     return lines[0]
 
 
+def assert_traceback(result: SimpleNamespace, *says: str) -> None:
+    """A run ended with exit code 1 and a full traceback that says all of `says`."""
+    assert result.code == 1, result.all
+    assert "Traceback (most recent call last)" in result.err, result.all
+    for text in says:
+        assert text in result.err, result.all
+
+
+def assert_ended_well(result: SimpleNamespace) -> None:
+    assert result.code == 0 and "Traceback" not in result.all, result.all
+
+
 def finish(process: subprocess.Popen, seconds: float) -> SimpleNamespace:
-    """Wait for a run's end, at most so long; what it told, and `.seconds` that it took."""
+    """Wait for a run's end, at most so long; what it printed, and `.seconds` that it took."""
     start = time.monotonic()
     out, err = process.communicate(timeout=seconds)
     took = time.monotonic() - start
     return SimpleNamespace(code=process.returncode, out=out, err=err, all=out + err, seconds=took)
 
 
-def slay(process: subprocess.Popen, started: list | None = None) -> None:
-    """SIGKILL a run's process group; what it started, in other groups too, must end with it."""
-    started = started or psutil.Process(process.pid).children(recursive=True)
+def kill_run(process: subprocess.Popen, started: list[psutil.Process] | None = None) -> None:
+    """SIGKILL a run's process group; what it started in other groups must end with it."""
+    if started is None:
+        started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(started, timeout=60)
     for orphan in alive:
@@ -80,56 +97,67 @@ def slay(process: subprocess.Popen, started: list | None = None) -> None:
     assert not alive, f"outlived their launcher: {alive}"
 
 
+def on_ranks(num_ranks: int) -> list[str]:
+    """Return what starts a script on so many ranks."""
+    return torchrun(num_ranks) if num_ranks > 1 else []
+
+
 # ---------------------------------------------------------------------------------------------
 # The stages: how each is started, what shows its progress, and when two results are the same
 
 STEPS = 44
 TRAIN = f"""--num-steps {STEPS} --batch-size 6 --updates-per-batch 2 --samples-per-prompt 2
---lr 1e-4 --beta2 0.1 --save-every 2 --eval-every 5 --micro-batch-tokens 500"""
+--lr 1e-4 --beta2 0.1 --save-every 2 --eval-every 5 --log-samples 3 --micro-batch-tokens 500"""
 SAMPLES = 500  # of each problem in stages 1 and 3: drawing them must outlast the kills
+NUM_OTHER = 20  # problems of the second benchmark
+# Two answers are not answers: stage 1 drops them, stage 3 counts them as wrong.
+NUM_DIGITS = {"offline_value": NUM_PROMPTS, "evaluate": NUM_PROMPTS + 3 + NUM_OTHER}
 
 
-def steps_told(out: Path) -> int:
-    metrics = out / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def last_step(out: Path) -> int:
+    """Return the last step in a run's metrics, 0 before the first."""
+    path = out / "metrics.jsonl"
+    rows = whole_rows(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
 
 
 def checkpoints(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
+    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
-def being_written(out: Path, since: float) -> bool:
-    """Tell whether a checkpoint is half written, by a process started at `since`."""
+def is_saving(out: Path, since: float) -> bool:
+    """Say whether a checkpoint is half written, by a process started at `since`."""
     with contextlib.suppress(FileNotFoundError):
-        for path in (out / "checkpoints").glob(".unfinished"):
+        for path in (out / "checkpoints").glob(".*.unfinished"):
             if path.stat().st_mtime > since:
                 return True
     return False
 
 
-def records(out: Path) -> list[tuple[str, str, int]]:
-    """(benchmark, id, sample) of all whole records that stage 1 or 3 has beside or in `out`.
+def whole_rows(path: Path) -> list[dict]:
+    """Read a JSONL file as any reader of JSON does; a torn line is one without its end."""
+    lines = path.read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
-    Those of a partial file are not counted again when the file that replaces it is there.
+
+def records(out: Path) -> list[tuple[str, str, int]]:
+    """(file, id, sample) of all records that stage 1 or 3 has in or beside its result.
+
+    Those of a partial folder are not counted again when the file that replaces it is there.
     """
-    found, whole = [], list(out.glob("*.jsonl"))
-    for path in whole:
-        rows = map(json.loads, path.read_text("utf-8").splitlines())
-        found += [(path.stem, row["id"], row["sample"]) for row in rows]
-    for folder in out.glob("*.partial"):
-        if folder.with_suffix("") not in whole:
-            name = folder.name.split(".")[0]
-            found += [(name, *key) for key in problems.read_partial(folder, whose(folder))]
+    found = []
+    for path in (*out.glob("*.jsonl"), *out.glob("*.partial/*.jsonl")):
+        name = path.name
+        if path.parent != out:
+            name = path.parent.name.removesuffix(".partial")
+            if (out / name).exists():
+                continue
+        found += [(name, row["id"], row["sample"]) for row in whole_rows(path)]
     return found
 
 
-def whose(folder: Path) -> str:
-    """The identity of a partial folder, hashed."""
-    path = folder / "identity.json"
-    return problems.read_json(path, ours=True)["sha256"] if path.exists() else ""
-
-
 def count_records(out: Path) -> int:
+    """Count the records quickly, while they are being written."""
     count = 0
     for path in (*out.glob("*.jsonl"), *out.glob("*.partial/*.jsonl")):
         with contextlib.suppress(FileNotFoundError):  # a partial file ends with its benchmark
@@ -138,14 +166,18 @@ def count_records(out: Path) -> int:
 
 
 @pytest.fixture(scope="session")
-def other_digits(tmp_path_factory) -> Path:
+def other_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second benchmark."""
-    rows = [{"question": f"Digit, please. {i}", "answer": i % 4, "id": f"o{i}"} for i in range(20)]
+    rows = []
+    for i in range(NUM_OTHER):
+        rows.append({"question": f"Digit, please. {i}", "answer": i % 4, "id": f"o{i}"})
     return write_lines(tmp_path_factory.mktemp("other") / "other.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
-def command(model, dataset, other_digits, stage1) -> Callable[[str, Path], tuple]:
+def command(
+    model: Path, dataset: Path, other_digits: Path, stage1: SimpleNamespace
+) -> Callable[[str, Path], tuple]:
     """What starts a stage, and starts it again after a kill, so that its files are in `out`."""
 
     def make(stage: str, out: Path) -> tuple:
@@ -153,8 +185,8 @@ def command(model, dataset, other_digits, stage1) -> Callable[[str, Path], tuple
             arguments = (*stage1_arguments(model, dataset), "--num-value-samples", SAMPLES)
             return ("offline_value.py", *arguments, "--out", out / "values.json")
         if stage == "evaluate":
-            sets = f"{dataset},{other_digits}"
-            arguments = ("--model", model, "--benchmarks", sets, "--max-tokens", "48")
+            benchmarks = f"{dataset},{other_digits}"
+            arguments = ("--model", model, "--benchmarks", benchmarks, "--max-tokens", "48")
             return ("evaluate.py", *arguments, "--num-samples", SAMPLES, "--out", out)
         arguments = ("--values", stage1.file, "--eval-dataset", dataset, *TRAIN.split())
         return ("train_online.py", *arguments, "--resume", "--out", out)
@@ -163,19 +195,21 @@ def command(model, dataset, other_digits, stage1) -> Callable[[str, Path], tuple
 
 
 @pytest.fixture(scope="session")
-def straight(run, command, tmp_path_factory) -> Callable[[str, int], Path]:
+def straight(
+    run: Callable, command: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], Path]:
     """The folder of a stage's uninterrupted run, each made once.
 
     What is sampled depends on no rank, so that one rank's run of stages 1 and 3 serves for two.
     """
 
     @functools.cache
-    def make(stage: str, ranks: int) -> Path:
-        if stage != "train_online" and ranks > 1:
+    def make(stage: str, num_ranks: int) -> Path:
+        if stage != "train_online" and num_ranks > 1:
             return make(stage, 1)
-        out = tmp_path_factory.mktemp(f"straight-{stage}-{ranks}") / "out"
-        told = run(*(torchrun(ranks) if ranks > 1 else ()), *command(stage, out), timeout=600)
-        assert told.code == 0, told.all
+        out = tmp_path_factory.mktemp(f"straight-{stage}-{num_ranks}") / "out"
+        result = run(*on_ranks(num_ranks), *command(stage, out), timeout=900)
+        assert_ended_well(result)
         return out
 
     return make
@@ -183,34 +217,46 @@ def straight(run, command, tmp_path_factory) -> Callable[[str, int], Path]:
 
 def assert_same(stage: str, out: Path, expected: Path) -> None:
     """Two folders of a stage hold the same result, bit for bit, and nothing is left beside it."""
-    assert [p for p in out.rglob(".*")] == [], "left behind"
-    assert [p for p in out.rglob("*.partial")] == [], "left behind"
-    for put_aside in (out / "checkpoints").glob("damaged-*"):
-        shutil.rmtree(put_aside)
-    ours, theirs = (sorted(p.relative_to(x) for p in x.rglob("*")) for x in (out, expected))
-    assert ours == theirs
+    assert [path for path in out.rglob(".*") if path.name != ".metadata"] == [], "left behind"
+    assert list(out.rglob("*.partial")) == [], "left behind"
+    for damaged in (out / "checkpoints").glob("damaged-*"):
+        shutil.rmtree(damaged)
+    names = sorted(path.relative_to(out) for path in out.rglob("*"))
+    assert names == sorted(path.relative_to(expected) for path in expected.rglob("*"))
     if stage == "offline_value":
-        ours, theirs = (json.loads((x / "values.json").read_text()) for x in (out, expected))
-        assert json.dumps(ours["prompts"]) == json.dumps(theirs["prompts"])
-        assert untimed(ours["header"]) == untimed(theirs["header"])
-        problems.read_json(out / "values.json", ours=True)
+        a, b = files.read_json(out / "values.json"), files.read_json(expected / "values.json")
+        assert json.dumps(a["prompts"]) == json.dumps(b["prompts"])
+        assert without_times(a["header"]) == without_times(b["header"])
     elif stage == "evaluate":
         for path in expected.glob("*.jsonl"):
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
-        ours, theirs = (json.loads((x / "summary.json").read_text()) for x in (out, expected))
-        assert ours["benchmarks"] == theirs["benchmarks"]
-        assert untimed(ours["header"]) == untimed(theirs["header"])
+        a, b = files.read_json(out / "summary.json"), files.read_json(expected / "summary.json")
+        assert a == b
     else:
-        ours, theirs = ([untimed(row) for row in read_metrics(x)] for x in (out, expected))
-        assert ours == theirs
-        ours, theirs = (json.loads((x / "config.json").read_text()) for x in (out, expected))
-        assert untimed(ours) == untimed(theirs)
-        saved = [out / "final", *checkpoints(out)]
-        assert all(whole_step(folder) for folder in saved)
-        for folder in saved:
-            ours, theirs = read_weights(folder), read_weights(expected / folder.relative_to(out))
-            assert ours.keys() == theirs.keys()
-            assert all(ours[k].equal(theirs[k]) for k in ours), folder
+        assert_same_run(out, expected)
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    """Two runs of stage 2 have the same settings, metrics, samples and weights."""
+    rows = [without_times(row) for row in read_metrics(out)]
+    assert rows == [without_times(row) for row in read_metrics(expected)]
+    assert (out / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    a, b = files.read_json(out / "config.json"), files.read_json(expected / "config.json")
+    assert without_times(a) == without_times(b)
+    for folder in (out / "final", *checkpoints(out)):
+        assert saved_step(folder) is not None, folder
+        a, b = read_weights(folder), read_weights(expected / folder.relative_to(out))
+        assert a.keys() == b.keys()
+        for name, weight in a.items():
+            assert weight.equal(b[name]), (folder, name)
+
+
+def assert_same_to_rounding(row: dict, expected: dict) -> None:
+    """Two ranks and one compute the same step: the same tokens, and sums in another order."""
+    for name in ("step", "reward", "v_star", "response_tokens", "truncated"):
+        assert row[name] == expected[name], name
+    for name in ("loss", "grad_norm", "logratio", "kl_per_token"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,331 +264,236 @@ def assert_same(stage: str, out: Path, expected: Path) -> None:
 
 
 def kill_training(start: tuple, out: Path, moments: list[str], chance: random.Random) -> list[str]:
-    """Start and SIGKILL stage 2 once for each moment; what each kill struck.
+    """Start and SIGKILL stage 2 once for each moment; return what each kill struck.
 
-    At "step" it is at least a step further than the last time; at "write" a checkpoint is being
-    written, which is tried again if it was renamed before the kill; "start" is not counted.
+    At "step" the run is at least a step further than the last time. At "write" a checkpoint is
+    being written; that is tried again if it was renamed before the kill. "start" is not counted.
     """
     struck = []
     while moments:
-        assert len(struck) < 24 and steps_told(out) < STEPS - 3, f"too few steps: {struck}"
-        moment, before, begun = moments.pop(0), steps_told(out), time.time()
-        process, started = spawn(*start), None
+        assert len(struck) < 24 and last_step(out) < STEPS - 3, f"too few steps: {struck}"
+        moment = moments.pop(0)
+        before = last_step(out)
+        goal = before + chance.randint(1, 2)
+        begun = time.time()
+        started = None
+        process = spawn(*start)
         try:
             if moment == "start":
                 time.sleep(chance.uniform(0, 7))
             elif moment == "write":
-                wait_until(lambda: steps_told(out) > before, process, STARTS)  # noqa: B023
-                # listed before, as that takes longer than a write
+                wait_until(lambda: last_step(out) > before, process, START_SECONDS)  # noqa: B023
+                # The processes are listed first, since that takes longer than writing.
                 started = psutil.Process(process.pid).children(recursive=True)
-                ready = lambda: checkpoints(out) and being_written(out, begun)  # noqa: E731, B023
-                wait_until(ready, process, STARTS)
+                wait_until(
+                    lambda: checkpoints(out) and is_saving(out, begun),  # noqa: B023
+                    process,
+                    START_SECONDS,
+                )
             else:
-                goal = before + chance.randint(1, 2)
-                ready = lambda: steps_told(out) >= goal and checkpoints(out)  # noqa: E731, B023
-                wait_until(ready, process, STARTS)
+                wait_until(
+                    lambda: checkpoints(out) and last_step(out) >= goal,  # noqa: B023
+                    process,
+                    START_SECONDS,
+                )
                 time.sleep(chance.uniform(0, 0.3))
             assert process.poll() is None, process.communicate()
-            slay(process, started)
+            kill_run(process, started)
         finally:
             kill(process)
         assert not (out / "final").exists() and checkpoints(out), "not at work: tests nothing"
-        if moment == "write" and not being_written(out, begun):
+        if moment == "write" and not is_saving(out, begun):
             moments.append("write")
             moment = "step"
         struck.append(moment)
     return struck
 
 
-def kill_drawing(start: tuple, out: Path, moments: list[str], chance: random.Random) -> list[str]:
+def kill_drawing(
+    stage: str, start: tuple, out: Path, moments: list[str], chance: random.Random
+) -> list[str]:
     """Start and SIGKILL stage 1 or 3 once for each moment; no sample is drawn twice.
 
-    At "damage" some bytes of its partial file are flipped after the kill.
+    At "torn" the last line of each partial file is torn after the kill.
     """
-    total = (NUM_PROMPTS if "offline_value.py" in start else NUM_PROMPTS + 23) * SAMPLES
+    total = NUM_DIGITS[stage] * SAMPLES
     struck = []
     while moments:
-        moment, before = moments.pop(0), len(records(out))
+        moment = moments.pop(0)
+        before = len(records(out))
         process = spawn(*start)
         try:
             if moment == "start":
                 time.sleep(chance.uniform(0, 7))
-            else:  # all along the way, as much of it as is left for each kill
-                there = count_records(out)
-                goal = there + chance.randint(1, max(1, (total - there) // (len(moments) + 2)))
-                wait_until(lambda: count_records(out) >= goal, process, STARTS)  # noqa: B023
+            else:  # kills are spread over the whole way: each leaves work for the others
+                count = count_records(out)
+                most = max(1, (total - count) // (len(moments) + 2))
+                goal = count + chance.randint(1, most)
+                wait_until(lambda: count_records(out) >= goal, process, START_SECONDS)  # noqa: B023
                 time.sleep(chance.uniform(0, 0.05))
             assert process.poll() is None, process.communicate()
-            slay(process)
+            kill_run(process)
         finally:
             kill(process)
-        left, whole = list(out.glob("*.partial/*.jsonl")), records(out)
         assert not (out / "values.json").exists(), "not at work: tests nothing"
-        assert len(set(whole)) == len(whole), "some samples were drawn twice"
-        assert moment == "start" or before < len(whole) < total, "not at work: tests nothing"
-        if moment == "damage" and left:
-            path = chance.choice(left)
-            path.write_bytes(damage(path.read_bytes(), "flipped", chance))
+        found = records(out)
+        assert len(set(found)) == len(found), "some samples were drawn twice"
+        assert moment == "start" or before < len(found) < total, "not at work: tests nothing"
+        if moment == "torn":
+            for path in out.glob("*.partial/*.jsonl"):
+                tear_last_line(path)
         struck.append(moment)
     return struck
 
 
+def tear_last_line(path: Path) -> None:
+    """Leave a file as a kill in the middle of a write would: with half a line at its end."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    if lines:
+        path.write_bytes(b"\n".join(lines) + b"\n" + lines[-1][: len(lines[-1]) // 2])
+
+
 @pytest.fixture(scope="session")
-def killed(command, tmp_path_factory) -> Callable[[str, int, str], SimpleNamespace]:
+def killed(
+    command: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int, str], SimpleNamespace]:
     """A stage's folder after one kill at each of the given moments; each made once."""
 
     @functools.cache
-    def make(stage: str, ranks: int, moments: str) -> SimpleNamespace:
-        out = tmp_path_factory.mktemp(f"killed-{stage}-{ranks}") / "out"
+    def make(stage: str, num_ranks: int, moments: str) -> SimpleNamespace:
+        out = tmp_path_factory.mktemp(f"killed-{stage}-{num_ranks}") / "out"
         out.mkdir()
-        launcher = torchrun(ranks) if ranks > 1 else ()
-        start, chance = (*launcher, *command(stage, out)), random.Random(f"{stage}/{ranks}")
-        striking = kill_training if stage == "train_online" else kill_drawing
-        struck = striking(start, out, moments.split(), chance)
+        start = (*on_ranks(num_ranks), *command(stage, out))
+        chance = random.Random(f"{stage}/{num_ranks}")
+        if stage == "train_online":
+            struck = kill_training(start, out, moments.split(), chance)
+        else:
+            struck = kill_drawing(stage, start, out, moments.split(), chance)
         return SimpleNamespace(folder=out, struck=struck)
 
     return make
 
 
-# Ten that count, and two while it starts. The first must not: nothing would be there to lose.
-TRAINING = "step write step start step write step step start write step step"
-DRAWING = "work work work start work damage work work start work damage work"
-KILLS = [
-    pytest.param("train_online", 1, "step write", id="train_online-1-sample"),
-    pytest.param("evaluate", 1, "work", id="evaluate-1-sample"),
-    *(
-        pytest.param(
-            stage,
-            ranks,
-            TRAINING if stage == "train_online" else DRAWING,
-            id=f"{stage}-{ranks}-ten",
-            marks=many,
-        )
-        for stage in ("offline_value", "train_online", "evaluate")
-        for ranks in (1, 2)
-    ),
-]
+# Ten that count, and two while it starts. The first must count: nothing would be there to lose.
+TRAINING = "step write step step start write step write step start write step step"
+DRAWING = "work work work start work torn work work start work torn work"
+STAGES = ("offline_value", "train_online", "evaluate")
 
 
-@pytest.mark.parametrize("stage, ranks, moments", KILLS)
+def kill_cases() -> list:
+    """One kill of stages 2 and 3 for `make test`; ten of each stage on one and on two ranks."""
+    cases = [
+        pytest.param("train_online", 1, "write", id="train_online-1-sample"),
+        pytest.param("evaluate", 1, "torn", id="evaluate-1-sample"),
+    ]
+    for stage in STAGES:
+        moments = TRAINING if stage == "train_online" else DRAWING
+        for num_ranks in (1, 2):
+            name = f"{stage}-{num_ranks}-ten"
+            cases.append(pytest.param(stage, num_ranks, moments, id=name, marks=many))
+    return cases
+
+
+@pytest.mark.parametrize("stage, num_ranks, moments", kill_cases())
 def test_killed_and_continued_is_as_if_it_had_not_been(
-    stage, ranks, moments, killed, straight, run, command, tmp_path
+    stage, num_ranks, moments, killed, straight, run, command, tmp_path
 ):
-    """Bit for bit. A lost sampling seed, moment of Adam or epoch's order would all show."""
-    expected, dead, out = straight(stage, ranks), killed(stage, ranks, moments), tmp_path / "out"
-    assert len([moment for moment in dead.struck if moment != "start"]) >= (
-        10 if "start" in moments else len(moments.split())
-    )
-    assert dead.struck.count("write") == moments.split().count("write"), dead.struck
+    """Bit for bit. A lost sampling seed, moment of Adam or order of an epoch would all show."""
+    expected = straight(stage, num_ranks)
+    dead = killed(stage, num_ranks, moments)
+    planned = moments.split()
+    for moment in ("start", "write"):
+        assert dead.struck.count(moment) == planned.count(moment), dead.struck
+    assert len(dead.struck) >= len(planned)
+    out = tmp_path / "out"
     shutil.copytree(dead.folder, out)
-    launcher = torchrun(ranks) if ranks > 1 else ()
-    told = run(*launcher, *command(stage, out), timeout=600)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
+    assert_ended_well(run(*on_ranks(num_ranks), *command(stage, out), timeout=900))
     assert_same(stage, out, expected)
 
 
 @many
-def test_killed_on_two_ranks_and_continued_on_one_is_equal_to_rounding(
-    killed, straight, run, command, tmp_path
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_continues_on_another_number_of_ranks(
+    stage, before, after, killed, straight, run, command, tmp_path
 ):
-    """The same tokens, as the weights are the same, and from them the same update to rounding."""
-    dead, out = killed("train_online", 2, TRAINING), tmp_path / "out"
+    """Stages 1 and 3 bit for bit. Stage 2 to rounding, of weights and of Adam's moments."""
+    dead = killed(stage, before, TRAINING if stage == "train_online" else DRAWING)
+    out = tmp_path / "out"
     shutil.copytree(dead.folder, out)
-    done = max(whole_step(folder) for folder in checkpoints(out))
-    told = run(*command("train_online", out), timeout=600)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    ours, theirs = read_metrics(out), read_metrics(straight("train_online", 2))
-    assert [row["step"] for row in ours] == list(range(1, STEPS + 1)) and 0 < done < STEPS - 1
-    assert [untimed(row) for row in ours[:done]] == [untimed(row) for row in theirs[:done]]
-    a, b = ours[done], theirs[done]
-    for key in ("reward", "v_star", "adv", "response_tokens", "truncated"):
-        assert a[key] == b[key], key
-    for key in ("loss", "grad_norm", "logratio", "kl_per_token"):
-        assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
-    assert whole_step(out / "final") == STEPS
+    assert_ended_well(run(*on_ranks(after), *command(stage, out), timeout=900))
+    expected = straight(stage, before)
+    if stage != "train_online":
+        assert_same(stage, out, expected)
+        return
+    done = max(saved_step(folder) for folder in checkpoints(dead.folder) if saved_step(folder))
+    rows = read_metrics(out)
+    expected_rows = read_metrics(expected)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1)) and 0 < done < STEPS - 3
+    for step in range(done + 1):
+        assert without_times(rows[step]) == without_times(expected_rows[step])
+    # The third step after it has weights that two steps with the saved moments have made.
+    for step in range(done + 1, done + 4):
+        assert_same_to_rounding(rows[step], expected_rows[step])
+    assert saved_step(out / "final") == STEPS
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Torn and corrupted files: 200 cases that are detected or harmless
-
-
-def damage(whole: bytes, how: str, chance: random.Random) -> bytes:
-    """Cut bytes off at a random length, or flip up to eight of them."""
-    if how == "truncated":
-        return whole[: chance.randrange(len(whole))]
-    broken = bytearray(whole)
-    for place in chance.sample(range(len(whole)), chance.randint(1, min(8, len(whole)))):
-        broken[place] ^= chance.randrange(1, 256)
-    return bytes(broken)
-
-
-@contextlib.contextmanager
-def damaged(path: Path, how: str, chance: random.Random) -> Iterator[None]:
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole, how, chance))
-    try:
-        yield
-    finally:
-        path.write_bytes(whole)
-
-
-def cases(count: int) -> list:
-    """Half of them cuts and half flips; `make test` tries the first of each."""
-    numbered = [(how, i) for i in range(count // 2) for how in ("truncated", "flipped")]
-    return [pytest.param(how, i, id=f"{how}-{i}", marks=many if i else ()) for how, i in numbered]
-
-
-def load(path: Path) -> object:
-    with contextlib.suppress(ValueError):
-        return json.loads(path.read_bytes())
-
-
-@pytest.fixture(scope="session")
-def checkpoint(one_rank, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "step-2"
-    shutil.copytree(one_rank / "checkpoints" / "step-2", folder)
-    assert whole_step(folder) == 2
-    return folder
-
-
-@pytest.mark.parametrize("how, number", cases(90))
-def test_damaged_checkpoint_is_never_taken_for_whole(how, number, checkpoint):
-    """Every file in turn; only a manifest that still says the same may pass."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size)
-    assert len(files) >= 4
-    path = files[number % len(files)]
-    said = load(path)
-    with damaged(path, how, random.Random(f"checkpoint/{how}/{number}")):
-        harmless = path.name == "manifest.json" and load(path) == said
-        assert whole_step(checkpoint) == (2 if harmless else 0), path
-
-
-def test_checkpoint_that_lost_a_file_or_took_anothers_place_is_not_whole(checkpoint, tmp_path):
-    for path in [p for p in checkpoint.rglob("*") if p.is_file()]:
-        whole = path.read_bytes()
-        path.unlink()
-        assert whole_step(checkpoint) == 0, path
-        path.write_bytes(whole)
-    assert whole_step(checkpoint) == 2
-    shutil.copytree(checkpoint, tmp_path / "step-3")
-    assert whole_step(tmp_path / "step-3") == 0, "its manifest says step 2"
-    manifest = checkpoint / "manifest.json"
-    whole = manifest.read_text()
-    assert whole.count('"step": 2') == 1
-    manifest.write_text(whole.replace('"step": 2', '"step": 7'))
-    assert whole_step(checkpoint) == 0, "one flipped bit would resume another step's schedule"
-    manifest.write_text(whole)
-
-
-@pytest.fixture(scope="session")
-def values_copy(stage1, tmp_path_factory) -> SimpleNamespace:
-    path = tmp_path_factory.mktemp("values") / "values.json"
-    shutil.copy(stage1.file, path)
-    return SimpleNamespace(path=path, content=json.dumps(problems.read_json(path, ours=True)))
-
-
-@pytest.mark.parametrize("how, number", cases(50))
-def test_damaged_values_are_refused_or_read_as_they_were(how, number, values_copy):
-    with damaged(values_copy.path, how, random.Random(f"values/{how}/{number}")):
-        try:
-            read = problems.read_json(values_copy.path, ours=True)
-        except UserError as error:
-            assert "values.json" in str(error)
-        else:
-            assert json.dumps(read) == values_copy.content
-
-
-@pytest.fixture(scope="session")
-def results(straight, tmp_path_factory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("results") / "out"
-    shutil.copytree(straight("evaluate", 1), folder)
-    path = folder / "other.jsonl"
-    return SimpleNamespace(folder=folder, path=path, score=evaluate.grade_file(path))
-
-
-@pytest.mark.parametrize("how, number", cases(40))
-def test_damaged_results_are_refused_or_give_the_same_score(how, number, results, capsys):
-    """Or `--grade` says on stderr that the file is not as evaluate.py left it, by its name."""
-    with damaged(results.path, how, random.Random(f"results/{how}/{number}")):
-        try:
-            score = evaluate.grade_file(results.path)
-        except UserError as error:
-            assert "other.jsonl" in str(error)
-        else:
-            assert score == results.score or "other.jsonl" in capsys.readouterr().err
-
-
-@many
-@pytest.mark.parametrize("how", ["one digit", "whole lines lost"])
-def test_results_changed_without_a_trace_are_told(how, results, capsys):
-    """What is still good JSON: only the hash or the counts that evaluate.py kept can tell."""
-    whole = results.path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    right = next(i for i, line in enumerate(lines) if json.loads(line)["reward"])
-    digit = f"boxed{{{json.loads(lines[right])['answer']}}}".encode()
-    assert digit in lines[right]
-    changed = lines[: len(lines) // 3]
-    if how == "one digit":
-        changed = [*lines[:right], lines[right].replace(digit, b"boxed{9}"), *lines[right + 1 :]]
-    results.path.write_bytes(b"".join(changed))
-    try:
-        score = evaluate.grade_file(results.path)
-        assert score != results.score and "other.jsonl" in capsys.readouterr().err
-    except UserError as error:
-        assert "other.jsonl" in str(error)
-    finally:
-        results.path.write_bytes(whole)
-
-
-@pytest.fixture(scope="session")
-def partial(killed, tmp_path_factory) -> SimpleNamespace:
-    """A partial file of stage 3, whose it is, and its records."""
-    dead = killed("evaluate", 1, "work").folder
-    (left,) = dead.glob("*.partial")
-    folder = shutil.copytree(left, tmp_path_factory.mktemp("partial") / left.name)
-    kept, path = problems.read_partial(folder, whose(folder)), folder / "identity.json"
-    assert len(kept) == len(records(folder.parent)) > 0
-    return SimpleNamespace(path=folder / "0.jsonl", whose=path, records=kept)
-
-
-@pytest.mark.parametrize("how, number", cases(20))
-def test_damaged_partial_records_are_dropped_alone(how, number, partial):
-    with damaged(partial.path, how, random.Random(f"partial/{how}/{number}")):
-        read = problems.read_partial(partial.path.parent, whose(partial.path.parent))
-        assert read.items() <= {**partial.records, **read}.items()
-        assert all(partial.records[key] == record for key, record in read.items())
-        lost = len(partial.records) - len(read)
-        assert not read or how == "truncated" or lost <= 16, "eight bytes spoil 16 lines at most"
-
-
-def test_partial_files_belong_to_one_identity(partial):
-    """Another model's samples would be mixed in silently; whose they are must be beyond doubt."""
-    identity = problems.left_by(partial.whose, {})
-    assert {"model_sha256", "temperature", "prompt_template", "rows_sha256"} <= identity.keys()
-    with pytest.raises(UserError, match="model_sha256"):
-        problems.left_by(partial.whose, identity | {"model_sha256": "0" * 64})
-    for how in ("truncated", "flipped"):
-        with (
-            damaged(partial.whose, how, random.Random(how)),
-            pytest.raises(UserError, match=r"identity\.json"),
-        ):
-            problems.left_by(partial.whose, identity)
-    # and where the identity is lost, or another's beside them, the records are nobody's
-    assert problems.read_partial(partial.path.parent, "0" * 64) == {}
-
-
-def test_the_corruption_cases_are_200():
-    marks = [
-        test_damaged_checkpoint_is_never_taken_for_whole,
-        test_damaged_values_are_refused_or_read_as_they_were,
-        test_damaged_results_are_refused_or_give_the_same_score,
-        test_damaged_partial_records_are_dropped_alone,
-    ]
-    assert sum(len(test.pytestmark[0].args[1]) for test in marks) >= 200
+# 2. Files that were cut or are missing
 
 
 @pytest.fixture
-def two_steps(one_rank, stage1, tmp_path) -> SimpleNamespace:
+def checkpoint(one_rank: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoints" / "step-2"
+    shutil.copytree(one_rank / "checkpoints" / "step-2", folder)
+    assert find_checkpoint(folder.parent) == folder
+    return folder
+
+
+def test_checkpoint_with_a_cut_or_missing_file_is_not_whole(checkpoint):
+    """Every file in turn: weights, tokenizer, config, optimizer state, the manifest itself."""
+    chance = random.Random(0)
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "config.json", "manifest.json", ".metadata"} <= {
+        path.name for path in paths
+    }
+    for path in paths:
+        content = path.read_bytes()
+        path.unlink()
+        assert saved_step(checkpoint) is None, path
+        # The last byte of the manifest is a newline, which means nothing.
+        longest = len(content) - 2
+        for length in (0, longest, *(chance.randrange(longest) for _ in range(3))):
+            path.write_bytes(content[:length])
+            assert saved_step(checkpoint) is None, (path, length)
+        path.write_bytes(content)
+    assert saved_step(checkpoint) == 2
+
+
+def test_manifest_of_any_content_is_no_error(checkpoint, capfd):
+    """It names another step, or none; the checkpoint is put aside and nothing raises."""
+    chance = random.Random(0)
+    manifest = checkpoint / "manifest.json"
+    content = manifest.read_bytes()
+    for _ in range(200):
+        flipped = bytearray(content)
+        for place in chance.sample(range(len(content)), chance.randint(1, 4)):
+            flipped[place] ^= chance.randrange(1, 256)
+        manifest.write_bytes(flipped)
+        saved_step(checkpoint)
+    for text in ("[]", "{}", '{"step": null, "files": {}}', '{"step": 2, "files": []}', "nul"):
+        manifest.write_text(text)
+        assert saved_step(checkpoint) is None, text
+    manifest.write_bytes(content.replace(b'"step": 2', b'"step": 7'))
+    assert find_checkpoint(checkpoint.parent) is None, "another step's schedule would be resumed"
+    (damaged,) = checkpoint.parent.iterdir()
+    assert damaged.name.startswith("damaged-") and damaged.name.endswith("step-2")
+    said = capfd.readouterr().err
+    assert str(checkpoint) in said and damaged.name in said
+
+
+@pytest.fixture
+def two_steps(one_rank: Path, stage1: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     """A copy of a finished run of two steps, to be damaged, and the command that continues it."""
     out = tmp_path / "run"
     shutil.copytree(one_rank, out)
@@ -550,113 +501,102 @@ def two_steps(one_rank, stage1, tmp_path) -> SimpleNamespace:
     return SimpleNamespace(out=out, command=(*command, "--resume"), base=one_rank)
 
 
+def cut(path: Path) -> None:
+    """Cut off the second half of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_run_continues_from_the_checkpoint_before_a_damaged_one(run, two_steps):
+    """The logs are cut back to it, so that no step is in them twice."""
+    out = two_steps.out
+    cut(out / "final" / "model.safetensors")
+    (out / "checkpoints" / "step-2" / "trainer" / ".metadata").unlink()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        tear_last_line(out / name)
+    result = run(*two_steps.command)
+    assert_ended_well(result)
+    (line,) = [line for line in result.err.splitlines() if "damaged" in line]
+    assert "step-2" in line and "step-1" not in line
+    (damaged,) = (out / "checkpoints").glob("damaged-*")
+    assert damaged.name in line
+    assert_same("train_online", out, two_steps.base)
+
+
 @many
 def test_run_with_nothing_whole_left_says_so_and_starts_again(run, two_steps):
-    out, chance = two_steps.out, random.Random(0)
-    for name in ("final/model.safetensors", "checkpoints/step-2/config.json"):
-        (out / name).write_bytes(damage((out / name).read_bytes(), "flipped", chance))
-    trainer = max((out / "checkpoints/step-1").rglob("*"), key=lambda p: p.stat().st_size)
-    trainer.write_bytes(damage(trainer.read_bytes(), "truncated", chance))
-    told = run(*two_steps.command)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
+    out = two_steps.out
+    cut(out / "final" / "model.safetensors")
+    cut(out / "checkpoints" / "step-2" / "config.json")
+    trainer = out / "checkpoints" / "step-1" / "trainer"
+    cut(max(trainer.iterdir(), key=lambda path: path.stat().st_size))
+    result = run(*two_steps.command)
+    assert_ended_well(result)
     for name in ("step-1", "step-2"):
-        assert [line for line in told.err.splitlines() if name in line and "damaged" in line]
+        lines = [line for line in result.err.splitlines() if name in line and "damaged" in line]
+        assert len(lines) == 1, result.err
+    assert "starts again" in result.err
     assert_same("train_online", out, two_steps.base)
 
 
 @many
 def test_damaged_final_model_is_written_again(run, two_steps):
-    weights = two_steps.out / "final" / "model.safetensors"
-    weights.write_bytes(damage(weights.read_bytes(), "flipped", random.Random(1)))
-    told = run(*two_steps.command)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
+    cut(two_steps.out / "final" / "model.safetensors")
+    assert_ended_well(run(*two_steps.command))
     assert_same("train_online", two_steps.out, two_steps.base)
 
 
-@many
-@pytest.mark.parametrize("how", ["flipped", "a line lost", "no object"])
-def test_damaged_metrics_come_back_from_the_checkpoint(how, run, two_steps):
-    """No step's numbers are lost or told twice."""
-    shutil.rmtree(two_steps.out / "final")
-    shutil.rmtree(two_steps.out / "checkpoints" / "step-2")
-    path = two_steps.out / "metrics.jsonl"
-    first, second = path.read_bytes().splitlines(keepends=True)
-    broken = {"flipped": first.replace(b'"step"', b'"st\x00p"'), "a line lost": b""}
-    path.write_bytes(broken.get(how, b"[1]\n") + second)
-    told = run(*two_steps.command)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    assert path.read_bytes().startswith(first)
-    assert_same("train_online", two_steps.out, two_steps.base)
+IDENTITY = {"model_fingerprint": {"config.json": "0", "tokenizer.json": "1"}, "temperature": 1.0}
 
 
-@many
-def test_pickle_in_a_checkpoint_is_not_run(run, two_steps, tmp_path):
-    """Not even with its hash in the manifest: weights_only=True, or no pickle at all."""
-    shutil.rmtree(two_steps.out / "final")
-    (folder,) = [p for p in checkpoints(two_steps.out) if p.name == "step-1"]
-    shutil.rmtree(two_steps.out / "checkpoints" / "step-2")
-    state = next(folder.rglob("*.pt"), None) or next(folder.rglob("adam*"))
-    import pickle
-
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return Path.touch, (tmp_path / "ran",)
-
-    state.write_bytes(pickle.dumps(Evil()))
-    told = run(*two_steps.command, "--num-steps", "1")  # its hash does not match: step 0
-    assert not (tmp_path / "ran").exists() and "damaged" in told.err, told.all
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-
-    state.write_bytes(pickle.dumps(Evil()))
-    manifest = {"step": 1, "files": problems.folder_hashes(folder)}
-    problems.write_json(folder / "manifest.json", manifest)
-    assert whole_step(folder) == 1
-    told = run(*two_steps.command)
-    assert told.code != 0 and not (tmp_path / "ran").exists(), told.all
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """A folder of partial records of two ranks."""
+    folder = tmp_path / "values.json.partial"
+    folder.mkdir()
+    files.write_json(folder / "identity.json", IDENTITY)
+    for rank in (0, 1):
+        rows = [{"id": f"p{i}", "sample": rank, "output": "é\u2028\n"} for i in range(50)]
+        write_lines(folder / f"{rank}.jsonl", rows)
+    return folder
 
 
-@many
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-def test_finished_values_that_were_damaged_are_not_reported_as_a_result(
-    how, run, stage1, model, dataset, tmp_path
-):
-    path = tmp_path / "values.json"
-    path.write_bytes(damage(stage1.file.read_bytes(), how, random.Random(how)))
-    before = snapshot(tmp_path)
-    told = run("offline_value.py", *stage1_arguments(model, dataset), "--out", path)
-    assert told.code == 2 and "values.json" in only_error(told), told.all
-    assert snapshot(tmp_path) == before
+def test_torn_line_of_a_partial_file_is_dropped_alone(partial):
+    path = partial / "1.jsonl"
+    content = path.read_bytes()
+    chance = random.Random(0)
+    for length in chance.sample(range(len(content)), 30):
+        path.write_bytes(content[:length])
+        kept = [row for row in engine.read_partial(partial, IDENTITY) if row["sample"] == 1]
+        assert len(kept) - content[:length].count(b"\n") in (0, 1), "only a whole line counts"
+        with files.lock(path):
+            assert whole_rows(path) == kept[: content[:length].count(b"\n")]
+            assert path.read_bytes()[-1:] in (b"", b"\n")
 
 
-@many
-@pytest.mark.parametrize("name", ["truncated summary", "wrong summary", "truncated samples"])
-def test_finished_results_that_were_damaged_are_told_or_made_good(
-    name, run, straight, command, tmp_path
-):
-    """Asked again for the same evaluation, it does not repeat a wrong number in silence."""
-    out, base = tmp_path / "out", straight("evaluate", 1)
-    shutil.copytree(base, out)
-    path = out / ("digits.jsonl" if "samples" in name else "summary.json")
-    text = path.read_text()
-    if name == "wrong summary":
-        mean = json.loads(text)["benchmarks"]["digits"]["mean"]
-        assert text.count(f'"mean": {mean}') == 1
-        path.write_text(text.replace(f'"mean": {mean}', '"mean": 0.987'))
-    elif name == "truncated samples":
-        path.write_text("".join(text.splitlines(keepends=True)[:100]))
-    else:
-        path.write_text(text[: len(text) // 2])
-    told = run(*command("evaluate", out))
-    assert "Traceback" not in told.all and "98.7%" not in told.out, told.all
-    if told.code == 0:
-        assert_same("evaluate", out, base)
-    else:
-        assert told.code == 2 and path.name in only_error(told), told.all
+def test_partial_folder_of_another_run_is_refused_by_field(partial):
+    """Another model's samples would be mixed in silently."""
+    assert len(engine.read_partial(partial, IDENTITY)) == 100
+    before = snapshot(partial)
+    tokenizer = {"model_fingerprint": {"config.json": "0", "tokenizer.json": "2"}}
+    with pytest.raises(UserError, match=r"model_fingerprint \(tokenizer\.json\)") as refused:
+        engine.read_partial(partial, IDENTITY | tokenizer)
+    assert str(partial) in str(refused.value)
+    with pytest.raises(UserError, match=r"temperature 1\.0, not 0\.5"):
+        engine.read_partial(partial, IDENTITY | {"temperature": 0.5})
+    cut(partial / "identity.json")
+    with pytest.raises(UserError, match=r"identity\.json"):
+        engine.read_partial(partial, IDENTITY)
+    (partial / "identity.json").unlink()
+    with pytest.raises(UserError, match=r"identity\.json"):
+        engine.read_partial(partial, IDENTITY)
+    assert {path: before[path] for path in snapshot(partial)} == snapshot(partial)
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. A full disk
 
+DISK_BYTES = 40_000_000
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
@@ -666,16 +606,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def mount(folder: Path, options: str) -> bool:
+    """Mount a small disk in memory; return whether that was allowed."""
+    if shutil.which("mount") is None:
+        return False
+    arguments = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(arguments, capture_output=True).returncode == 0
+
+
 @pytest.fixture
-def disk(tmp_path) -> Iterator[SimpleNamespace]:
-    """A disk of 20 MB: `.leave(n)` fills all but n bytes of it and returns what starts a script.
+def disk(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A small disk: `.leave(n)` fills all but n bytes of it and returns what starts a script.
 
     A tmpfs; where none may be mounted, no file may become larger than n.
     """
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    mounted = shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0
+    mounted = mount(folder, f"size={DISK_BYTES}")
     ballast = folder / "ballast"
 
     def leave(count: int) -> tuple:
@@ -685,8 +632,10 @@ def disk(tmp_path) -> Iterator[SimpleNamespace]:
         ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - count))
         return ()
 
+    def give_back() -> None:
+        ballast.unlink(missing_ok=True)
+
     says = "No space left on device" if mounted else "File too large"
-    give_back = lambda: ballast.unlink(missing_ok=True)  # noqa: E731
     try:
         yield SimpleNamespace(folder=folder, leave=leave, give_back=give_back, says=says)
     finally:
@@ -694,18 +643,12 @@ def disk(tmp_path) -> Iterator[SimpleNamespace]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def assert_full(told: SimpleNamespace, disk: SimpleNamespace) -> None:
-    line = only_error(told)
-    assert told.code == 1, told.all
-    assert disk.says in line and str(disk.folder) in line, line
-
-
-# The whole checkpoint of the tests' model takes about 1 MB, its weights a third of it.
+# A checkpoint of the tests' model takes about 1 MB, its weights a third of it.
 @pytest.mark.parametrize(
     "left",
     [
-        pytest.param(600_000, id="optimiser"),
-        pytest.param(150_000, id="weights", marks=many),
+        pytest.param(600_000, id="weights"),
+        pytest.param(150_000, id="optimizer", marks=many),
         pytest.param(20_000, id="tokenizer", marks=many),
         pytest.param(0, id="nothing", marks=many),
     ],
@@ -717,62 +660,64 @@ def test_full_disk_while_a_checkpoint_is_written(left, disk, run, one_rank, stag
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoints" / "step-2")
     command = ("train_online.py", "--values", stage1.file, "--out", out, *RAGGED.split())
-    told = run(*disk.leave(left), *command, "--resume")
-    assert_full(told, disk)
-    assert [p.name for p in checkpoints(out)] == ["step-1"]
-    assert whole_step(out / "checkpoints" / "step-1") == 1 and not (out / "final").exists()
+    result = run(*disk.leave(left), *command, "--resume")
+    assert_traceback(result, disk.says)
+    assert [path.name for path in checkpoints(out)] == ["step-1"]
+    assert saved_step(out / "checkpoints" / "step-1") == 1 and not (out / "final").exists()
+    first_rows = read_metrics(one_rank)[:1]
+    assert read_metrics(out)[:1] == first_rows, "the log of the steps before is kept"
     disk.give_back()
-    told = run(*command, "--resume")
-    assert told.code == 0 and "Traceback" not in told.all, told.all
+    assert_ended_well(run(*command, "--resume"))
     assert_same("train_online", out, one_rank)
 
 
-# Records have some 110 bytes, so that all of stage 1's need 280 KB and stage 3's 440 KB.
-FULL = [("offline_value", "partial", 60_000), ("offline_value", "values", 0)]
-FULL += [("evaluate", "partial", 60_000), ("evaluate", "results", 0)]
-
-
+# All records of stage 1 need about 5 MB, those of stage 3 about 8 MB.
 @many
-@pytest.mark.parametrize("stage, struck, left", FULL, ids=lambda x: str(x))
-def test_full_disk_while_samples_are_drawn(stage, struck, left, disk, run, command, straight):
+@pytest.mark.parametrize("struck", ["partial", "result"])
+@pytest.mark.parametrize("stage", ["offline_value", "evaluate"])
+def test_full_disk_while_samples_are_drawn(stage, struck, disk, run, command, straight):
     """What was drawn is kept and not drawn again; the result is that of a large disk.
 
     Where the result itself is meant to find no room, the disk is filled when all is drawn.
     """
-    base, out = straight(stage, 1), disk.folder / "out"
+    expected = straight(stage, 1)
+    out = disk.folder / "out"
     out.mkdir()
     if struck == "partial":
-        told = run(*disk.leave(left), *command(stage, out), timeout=600)
-        total = 0
+        result = run(*disk.leave(60_000), *command(stage, out), timeout=900)
+        fewest = 50
     else:
-        told, total = fill_late(disk, command(stage, out), out, base), NUM_PROMPTS * SAMPLES
-    assert_full(told, disk)
+        result = fill_late(stage, disk, command(stage, out), out, expected)
+        fewest = NUM_PROMPTS * SAMPLES
+    assert_traceback(result, disk.says)
     assert not (out / "values.json").exists() and not (out / "summary.json").exists()
-    whole = len(records(out))
-    assert whole >= max(total, 100), "struck elsewhere: choose another size"
+    assert len(records(out)) >= fewest, "struck elsewhere: choose another size"
     disk.give_back()
-    told = run(*command(stage, out), timeout=600)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    assert_same(stage, out, base)
+    assert_ended_well(run(*command(stage, out), timeout=900))
+    assert_same(stage, out, expected)
 
 
-def fill_late(disk: SimpleNamespace, start: tuple, out: Path, base: Path) -> SimpleNamespace:
-    """Fill the disk once a quarter is drawn but for what the other records need, 96 KB less."""
+def fill_late(
+    stage: str, disk: SimpleNamespace, start: tuple, out: Path, expected: Path
+) -> SimpleNamespace:
+    """Fill the disk once a quarter is drawn, but for what the other records need and a little."""
     if disk.says != "No space left on device":
         pytest.skip("needs a tmpfs, which may not be mounted here")
-    first = "values.json" if (base / "values.json").exists() else "digits.jsonl"
-    total = NUM_PROMPTS * SAMPLES if first == "values.json" else (NUM_PROMPTS + 3) * SAMPLES
+    first = "values.json" if stage == "offline_value" else "digits.jsonl"
+    num_problems = NUM_PROMPTS if stage == "offline_value" else NUM_PROMPTS + 3
+    total = num_problems * SAMPLES
     process = spawn(*start)
     try:
-        wait_until(lambda: count_records(out) >= total // 4, process, STARTS)
+        wait_until(lambda: count_records(out) >= total // 4, process, START_SECONDS)
         os.kill(process.pid, signal.SIGSTOP)
         (path,) = out.glob("*.partial/0.jsonl")
-        size, count = path.stat().st_size, count_records(out)
-        needs = size / count * (total - count)
-        result = (base / first).stat().st_size
-        disk.leave(round(needs + min(96_000, result / 2)))
+        size = path.stat().st_size
+        count = count_records(out)
+        needed = size / count * (total - count)
+        result_size = (expected / first).stat().st_size
+        disk.leave(round(needed + min(96_000, result_size / 2)))
         os.kill(process.pid, signal.SIGCONT)
-        return finish(process, 600)
+        return finish(process, 900)
     finally:
         kill(process)
 
@@ -781,32 +726,38 @@ def fill_late(disk: SimpleNamespace, start: tuple, out: Path, base: Path) -> Sim
 # 4. One rank of two dies
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=many)])
-def test_one_rank_killed_ends_the_job_by_name_and_the_run_resumes(
-    rank, run, command, straight, tmp_path
+@pytest.mark.parametrize("rank, ranks_after", [(1, 1), pytest.param(0, 2, marks=many)])
+def test_one_rank_killed_ends_the_job_by_name_and_the_run_continues(
+    rank, ranks_after, run, command, straight, tmp_path
 ):
     """The other waits in a collective for a rank that never comes: for a day, if nobody looks."""
-    out, chance = tmp_path / "out", random.Random(rank)
-    expected, start = straight("train_online", 2), (*torchrun(2), *command("train_online", out))
-    process = spawn(*start)
+    out = tmp_path / "out"
+    chance = random.Random(rank)
+    process = spawn(*torchrun(2), *command("train_online", out))
     try:
-        wait_until(lambda: steps_told(out) >= 3, process, STARTS)
-        ranks = psutil.Process(process.pid).children()
-        by_rank = {p.environ().get("RANK"): p for p in ranks}
+        wait_until(lambda: last_step(out) >= 3, process, START_SECONDS)
+        ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children()}
         time.sleep(chance.uniform(0, 0.2))
         started = psutil.Process(process.pid).children(recursive=True)
-        by_rank[str(rank)].send_signal(signal.SIGKILL)
-        told = finish(process, 60)
+        ranks[str(rank)].send_signal(signal.SIGKILL)
+        result = finish(process, 90)
     finally:
         kill(process)
-    assert told.code not in (0, None), told.all
-    assert re.search(rf"\brank\W+{rank}\b", told.all), told.all
+    assert result.code not in (0, None), result.all
+    assert re.search(rf"\brank\W+{rank}\b", result.all), result.all
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
     assert checkpoints(out) and not (out / "final").exists(), "killed too late: tests nothing"
-    told = run(*start, timeout=600)
-    assert told.code == 0, told.all
-    assert_same("train_online", out, expected)
+    done = max(saved_step(folder) for folder in checkpoints(out))
+    assert_ended_well(run(*on_ranks(ranks_after), *command("train_online", out), timeout=900))
+    expected = straight("train_online", ranks_after)
+    if ranks_after == 2:
+        assert_same("train_online", out, expected)
+        return
+    rows, expected_rows = read_metrics(out), read_metrics(expected)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    for step in range(1, done + 4):
+        assert_same_to_rounding(rows[step], expected_rows[step])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -815,8 +766,16 @@ def test_one_rank_killed_ends_the_job_by_name_and_the_run_resumes(
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
+def interrupt(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Send a signal as it comes: Ctrl-C goes to the whole process group, kill to the process."""
+    if number == INT:
+        os.killpg(process.pid, INT)
+    else:
+        process.send_signal(number)
+
+
 @pytest.mark.parametrize(
-    "number, ranks",
+    "number, num_ranks",
     [
         (INT, 1),
         pytest.param(TERM, 1, marks=many),
@@ -824,32 +783,36 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
         pytest.param(TERM, 2, marks=many),
     ],
 )
-def test_training_told_to_stop_saves_its_last_finished_step(
-    number, ranks, command, straight, tmp_path
+def test_training_that_is_stopped_finishes_its_step_and_saves_it(
+    number, num_ranks, command, straight, tmp_path
 ):
-    out, chance = tmp_path / "out", random.Random(f"{number}/{ranks}")
-    launcher = torchrun(ranks) if ranks > 1 else ()
-    process = spawn(*launcher, *command("train_online", out), "--save-every", "1000")
+    out = tmp_path / "out"
+    chance = random.Random(f"{number}/{num_ranks}")
+    start = (*on_ranks(num_ranks), *command("train_online", out), "--save-every", "1000")
+    process = spawn(*start)
     try:
-        wait_until(lambda: steps_told(out) >= 3, process, STARTS)
+        wait_until(lambda: last_step(out) >= 3, process, START_SECONDS)
         time.sleep(chance.uniform(0, 0.5))
         started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
-        told = finish(process, 60)
+        before = last_step(out)
+        interrupt(process, number)
+        result = finish(process, 60)
     finally:
         kill(process)
-    assert told.seconds <= 30
-    if ranks == 1:
-        assert told.code == 128 + number and "Traceback" not in told.all, told.all
+    if num_ranks == 1:
+        assert result.code == 128 + number and "Traceback" not in result.all, result.all
     else:
-        assert told.code != 0, told.all  # it is torchrun's
+        assert result.code != 0, result.all  # the code is torchrun's
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
-    rows, (saved,) = read_metrics(out), checkpoints(out)
-    assert 3 <= len(rows) < STEPS and not (out / "final").exists(), "too late: tests nothing"
-    assert saved.name == f"step-{len(rows)}" and whole_step(saved) == len(rows)
-    straight_rows = read_metrics(straight("train_online", ranks))
-    assert [untimed(row) for row in rows] == [untimed(row) for row in straight_rows[: len(rows)]]
+    rows = read_metrics(out)
+    (saved,) = checkpoints(out)
+    assert 3 <= before <= rows[-1]["step"] < STEPS, "too late: tests nothing"
+    assert saved.name == f"step-{rows[-1]['step']}" and saved_step(saved) == rows[-1]["step"]
+    # The step under way, and perhaps the one before which the ranks had just agreed.
+    assert rows[-1]["step"] <= before + 2 and not (out / "final").exists()
+    expected = read_metrics(straight("train_online", num_ranks))[: len(rows)]
+    assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
 
 
 def test_second_signal_ends_training_at_once(command, tmp_path):
@@ -857,65 +820,230 @@ def test_second_signal_ends_training_at_once(command, tmp_path):
     out = tmp_path / "out"
     process = spawn(*command("train_online", out), "--save-every", "1000")
     try:
-        wait_until(lambda: steps_told(out) >= 1, process, STARTS)
+        wait_until(lambda: last_step(out) >= 1, process, START_SECONDS)
         process.send_signal(INT)
         process.send_signal(TERM)
-        told = finish(process, 30)
+        result = finish(process, 60)
     finally:
         kill(process)
-    assert told.code in (128 + INT, 128 + TERM) and told.seconds < 5, told.all
-    assert "Traceback" not in told.all, told.all
+    assert result.code in (128 + INT, 128 + TERM) and result.seconds < 10, result.all
+    assert "Traceback" not in result.all, result.all
     assert checkpoints(out) == [] and not (out / "final").exists()
 
 
-@many
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("number", [INT, TERM])
-@pytest.mark.parametrize("stage", ["offline_value", "evaluate"])
-def test_drawing_told_to_stop_keeps_what_it_drew(stage, number, count, command, tmp_path):
+@pytest.mark.parametrize(
+    "stage, number, num_ranks",
+    [
+        ("evaluate", INT, 1),
+        pytest.param("evaluate", TERM, 2, marks=many),
+        pytest.param("offline_value", INT, 2, marks=many),
+        pytest.param("offline_value", TERM, 1, marks=many),
+    ],
+)
+def test_sampling_that_is_stopped_keeps_what_it_drew(stage, number, num_ranks, command, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    process = spawn(*command(stage, out))
+    process = spawn(*on_ranks(num_ranks), *command(stage, out))
     try:
-        wait_until(lambda: count_records(out) >= 20, process, STARTS)
-        process.send_signal(number)
-        if count == 2:
-            time.sleep(0.1)
-            process.send_signal(number)
-        told = finish(process, 60)
+        wait_until(lambda: count_records(out) >= 20, process, START_SECONDS)
+        started = psutil.Process(process.pid).children(recursive=True)
+        interrupt(process, number)
+        result = finish(process, 60)
     finally:
         kill(process)
-    # the second may come when Python has already put the system's own handlers back
-    assert told.code in (128 + number, -number)[:count] and "Traceback" not in told.all, told.all
-    assert told.seconds <= (30 if count == 1 else 5)
+    if num_ranks == 1:
+        assert result.code == 128 + number and "Traceback" not in result.all, result.all
+    else:
+        assert result.code != 0, result.all  # the code is torchrun's
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
     assert len(records(out)) >= 20
+    for path in out.glob("*.partial/*.jsonl"):
+        assert path.read_bytes().endswith(b"\n"), "a line is torn"
     assert not (out / "values.json").exists() and not (out / "summary.json").exists()
 
 
 @many
 @pytest.mark.parametrize("moment, number", [("importing", TERM), ("engine", INT), ("engine", TERM)])
 def test_signal_while_starting_needs_no_traceback(moment, number, command, tmp_path):
-    """It is over at once. Ctrl-C while Python still imports is Python's own to tell."""
+    """It is over at once. Ctrl-C while Python still imports is Python's own to report."""
     out = tmp_path / "out"
     process = spawn(*command("train_online", out))
     try:
         if moment == "importing":
             time.sleep(0.4)
         else:
-            wait_until((out / "config.json").exists, process, STARTS)
+            wait_until((out / "config.json").exists, process, START_SECONDS)
             time.sleep(0.5)
-        process.send_signal(number)
-        told = finish(process, 60)
+        interrupt(process, number)
+        result = finish(process, 60)
     finally:
         kill(process)
     codes = (128 + number, -number) if moment == "importing" else (128 + number,)
-    assert told.code in codes and told.seconds <= 30, told.all
-    assert "Traceback" not in told.all, told.all
-    assert not checkpoints(out) and steps_told(out) == 0
+    assert result.code in codes, result.all
+    assert "Traceback" not in result.all, result.all
+    assert not checkpoints(out) and last_step(out) == 0
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Everyday accidents (6, bad input, is test_bad_input.py)
+# 6. Mistakes in code: a full traceback and exit code 1 (test_bad_input.py has the user's mistakes)
+
+# A task of a user's own. The reward function trusts that every row has the column "wanted".
+OWN_TASK = '''
+import importlib, os, sys
+sys.path.insert(0, os.getcwd())
+from apo import command_line, problems
+
+
+def closeness(response, row):
+    """1 at the wanted length, less elsewhere."""
+    return row["scale"] / (1 + abs(len(response) - row["wanted"]))
+
+
+problems.DATASETS["lengths"] = problems.Dataset(
+    source=os.path.dirname(__file__) + "/lengths-{split}.jsonl",
+    splits={"train": "all", "test": "all"},
+    question=lambda row: row["text"],
+    answer=lambda row: None,
+    reward=closeness,
+)
+command_line.run(importlib.import_module(sys.argv.pop(1)).main)
+'''
+
+
+@pytest.fixture
+def own_task(tmp_path: Path, model: Path) -> Callable[[str, dict | None], tuple]:
+    """What starts a stage on that task; row 5 is as given, or as good as the others."""
+
+    def make(stage: str, bad_row: dict | None) -> tuple:
+        script = tmp_path / "own_task.py"
+        script.write_text(OWN_TASK)
+        rows = []
+        for i in range(8):
+            rows.append({"id": f"n{i}", "text": "Say much. ", "wanted": 9 + i, "scale": 1.0})
+        if bad_row is not None:
+            rows[5] = {"id": "n5", "text": "Say much. "} | bad_row
+        write_lines(tmp_path / "lengths-all.jsonl", rows)
+        sampling = ("--model", model, "--max-tokens", "48", "--out", tmp_path / "out")
+        if stage == "offline_value":
+            samples = ("--num-value-samples", "1", "--max-prompt-tokens", "160")
+            return (script, stage, "--dataset", "lengths", *samples, *sampling)
+        if stage == "evaluate":
+            return (script, stage, "--benchmarks", "lengths", *sampling)
+        header = {"model": str(model), "task": "lengths", "beta1": 0.5, "temperature": 1.0}
+        header |= {"max_prompt_tokens": 160, "max_tokens": 48}
+        prompts = []
+        for row in rows:
+            entry = {"id": row["id"], "prompt": row["text"], "answer": None, "rewards": [0.5]}
+            prompts.append(entry | {"row": row})
+        files.write_json(tmp_path / "values.json", {"header": header, "prompts": prompts})
+        batch = ("--batch-size", "8", "--num-steps", "1", "--log-samples", "8")
+        values = ("--values", tmp_path / "values.json", "--out", tmp_path / "out")
+        return (script, stage, *values, *batch)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "stage, num_ranks",
+    [
+        pytest.param("offline_value", 1, marks=many),
+        ("offline_value", 2),  # the row is rank 1's
+        pytest.param("train_online", 1, marks=many),
+        pytest.param("train_online", 2, marks=many),
+        pytest.param("evaluate", 1, marks=many),
+        pytest.param("evaluate", 2, marks=many),
+    ],
+)
+def test_reward_that_raises_shows_its_traceback_and_the_row(stage, num_ranks, own_task, run):
+    """It never becomes a zero, whichever rank it happens on."""
+    result = run(*on_ranks(num_ranks), *own_task(stage, {"scale": 1.0}))
+    assert_traceback(result, "KeyError: 'wanted'", 'row["wanted"]', "row 'n5'", stage)
+
+
+@many
+def test_reward_that_is_no_number_is_no_reward(own_task, run):
+    result = run(*own_task("offline_value", {"wanted": 3, "scale": float("nan")}))
+    assert_traceback(result, "nan on row 'n5'")
+
+
+@many
+def test_all_columns_of_a_row_reach_its_reward_in_every_stage(own_task, run, tmp_path):
+    for stage in STAGES:
+        assert_ended_well(run(*own_task(stage, None)))
+        if stage == "train_online":
+            rows = whole_rows(tmp_path / "out" / "samples.jsonl")
+        elif stage == "evaluate":
+            rows = whole_rows(tmp_path / "out" / "lengths.jsonl")
+        else:
+            rows = files.read_json(tmp_path / "out")["prompts"]
+            rows = [row | {"reward": row["rewards"][0], "finished": True} for row in rows]
+            (tmp_path / "out").unlink()
+        assert len(rows) == 8
+        assert any(0 < row["reward"] < 1 for row in rows)
+        for row in rows:
+            if "output" in row and row["finished"]:
+                wanted = 9 + int(row["id"][1:])
+                assert row["reward"] == 1 / (1 + abs(len(row["output"]) - wanted))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+# What a stage does on a machine with two GPUs, without the GPUs.
+RELAUNCHED = """
+import os, signal, sys, time
+sys.path.insert(0, os.getcwd())
+from apo import command_line, engine
+from apo.files import UserError
+
+
+def main():
+    if "RANK" not in os.environ:
+        engine.restart_under_torchrun(2)
+    rank = os.environ["RANK"]
+    if sys.argv[1] == "mistake":
+        raise UserError("--lr is odd")
+    if sys.argv[1] == "fault" and rank == "1":
+        raise KeyError("of rank 1")
+    if sys.argv[1] == "wait":
+        print("waiting", flush=True)
+        time.sleep(60)
+
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize("what", ["fault", pytest.param("mistake", marks=many)])
+def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
+    """A rank other than 0 prints its traceback too; a user's mistake is one sentence in all."""
+    script = tmp_path / "relaunched.py"
+    script.write_text(RELAUNCHED)
+    result = run(script, what)
+    if what == "fault":
+        assert_traceback(result, "KeyError: 'of rank 1'", 'raise KeyError("of rank 1")')
+    else:
+        assert result.code == 2 and only_error(result) == "error: --lr is odd", result.all
+
+
+@many
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_relaunched_script_ends_on_a_signal_with_its_code(number, tmp_path):
+    script = tmp_path / "relaunched.py"
+    script.write_text(RELAUNCHED)
+    process = spawn(script, "wait")
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        assert process.stdout.readline() == "waiting\n"
+        interrupt(process, number)
+        result = finish(process, 60)
+    finally:
+        kill(process)
+    assert result.code == 128 + number and result.seconds < 20, result.all
+    assert "Traceback" not in result.all, result.all
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Everyday accidents
 
 
 @pytest.mark.parametrize(
@@ -929,51 +1057,51 @@ def test_signal_while_starting_needs_no_traceback(moment, number, command, tmp_p
 def test_of_two_runs_started_at_once_one_is_refused(stage, command, straight, tmp_path):
     out = tmp_path / "out"
     start = [word for word in command(stage, out) if word != "--resume"]
-    runs = [spawn(*start), spawn(*start)]
+    processes = [spawn(*start), spawn(*start)]
     try:
-        told = [finish(process, 600) for process in runs]
+        results = [finish(process, 900) for process in processes]
     finally:
-        for process in runs:
+        for process in processes:
             kill(process)
-    winner, loser = sorted(told, key=lambda x: x.code)
+    winner, loser = sorted(results, key=lambda result: result.code)
     assert (winner.code, loser.code) == (0, 2), (winner.all, loser.all)
     line = only_error(loser)
-    assert str(out) in line and ("another run" in line or "in use" in line), line
+    # A loser that comes a second later sees that the folder is not empty.
+    assert str(out) in line and ("another run" in line or "is not empty" in line), line
     assert_same(stage, out, straight(stage, 1))
 
 
 @many
-@pytest.mark.parametrize("stage", ["offline_value", "train_online", "evaluate"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_run_beside_a_run_is_refused_and_leaves_it_alone(stage, run, command, straight, tmp_path):
     out = tmp_path / "out"
+    is_at_work = last_step if stage == "train_online" else count_records
     process = spawn(*command(stage, out))
     try:
-        at_work = steps_told if stage == "train_online" else count_records
-        wait_until(lambda: at_work(out) >= 1, process, STARTS)
-        os.kill(process.pid, signal.SIGSTOP)  # else it might end before the other has started
+        wait_until(lambda: is_at_work(out) >= 1, process, START_SECONDS)
+        os.kill(process.pid, signal.SIGSTOP)  # it might end before the other has started
         before = snapshot(out)
         other = run(*command(stage, out))
         assert other.code == 2 and "another run" in only_error(other), other.all
         assert snapshot(out) == before
         os.kill(process.pid, signal.SIGCONT)
-        told = finish(process, 600)
+        result = finish(process, 900)
     finally:
         kill(process)
-    assert told.code == 0, told.all
+    assert_ended_well(result)
     assert_same(stage, out, straight(stage, 1))
 
 
 @pytest.fixture
-def read_only(tmp_path) -> Iterator[Path]:
+def read_only(tmp_path: Path) -> Iterator[Path]:
     """A folder into which nobody may write, root included; /proc if nothing may be mounted."""
     folder = tmp_path / "read only"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
-    if os.geteuid():
+    if os.geteuid() != 0:
         folder.chmod(0o555)
         yield folder
         folder.chmod(0o755)
-    elif shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
+    elif mount(folder, "ro,size=1m"):
         try:
             yield folder
         finally:
@@ -982,78 +1110,141 @@ def read_only(tmp_path) -> Iterator[Path]:
         yield Path("/proc")
 
 
-@pytest.mark.parametrize("stage", ["offline_value", "train_online", "evaluate"])
-def test_folder_that_cannot_be_written_is_told_at_once(stage, run, command, read_only):
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "train_online",
+        pytest.param("offline_value", marks=many),
+        pytest.param("evaluate", marks=many),
+    ],
+)
+def test_folder_that_cannot_be_written_is_refused_at_once(stage, run, command, read_only):
     """Before minutes of sampling, and before the engine starts."""
     with pytest.raises(OSError):
         (read_only / "x").mkdir()
-    told = run(*command(stage, read_only / "out"))
-    assert told.code == 2 and str(read_only) in only_error(told), told.all
+    result = run(*command(stage, read_only / "out"))
+    assert result.code == 2 and str(read_only) in only_error(result), result.all
 
 
 @many
 @pytest.mark.parametrize("stage", ["train_online", "evaluate"])
-def test_finished_run_that_cannot_be_written_is_told_or_left(
+def test_finished_run_that_cannot_be_written_is_refused_or_left(
     stage, run, command, straight, read_only
 ):
     """Asked again, a finished run changes nothing, so that an archive may be read-only."""
     if not os.path.ismount(read_only):
         pytest.skip("needs a tmpfs, which may not be mounted here")
-    subprocess.run(["mount", "-o", "remount,rw,size=20m", read_only], check=True)
+    subprocess.run(["mount", "-o", f"remount,rw,size={DISK_BYTES}", read_only], check=True)
     out = read_only / "out"
     shutil.copytree(straight(stage, 1), out)
     subprocess.run(["mount", "-o", "remount,ro", read_only], check=True)
-    told = run(*command(stage, out))
-    assert "Traceback" not in told.all, told.all
-    assert told.code == 0 or (told.code == 2 and str(out) in only_error(told)), told.all
+    result = run(*command(stage, out))
+    assert "Traceback" not in result.all, result.all
+    assert result.code == 0 or (result.code == 2 and str(out) in only_error(result)), result.all
 
 
-ODD = "mein Ordner, 数学 & 'é%s{0}"
+def test_model_is_known_by_its_content(model, tmp_path, monkeypatch):
+    """Not by its path, and not by files that say nothing about what the model says."""
+    fingerprint = files.model_fingerprint(model)
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    (moved / "README.md").write_text("Where it is from.")
+    (moved / ".git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert files.model_fingerprint(Path("moved")) == fingerprint
+    assert files.model_fingerprint(Path("./moved")) == fingerprint
+    for path in files.model_files(model):
+        content = (moved / path.name).read_bytes()
+        place = len(content) // 2
+        flipped = bytes([content[place] ^ 1])
+        (moved / path.name).write_bytes(content[:place] + flipped + content[place + 1 :])
+        changed = files.model_fingerprint(moved)
+        assert {name for name in changed if changed[name] != fingerprint[name]} == {path.name}
+        (moved / path.name).write_bytes(content)
+
+
+MOVED = [
+    "offline_value",
+    pytest.param("train_online", marks=many),
+    pytest.param("evaluate", marks=many),
+]
+
+
+@pytest.mark.parametrize("stage", MOVED)
+def test_model_may_move_but_not_change(
+    stage, run, stage1, one_rank, model, dataset, tmp_path, request
+):
+    """A finished stage knows a moved copy as the same model, and another tokenizer as another."""
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    (moved / "README.md").write_text("Where it is from.")
+    relative = os.path.relpath(moved, ROOT)
+    out = tmp_path / "out"
+    if stage == "offline_value":
+        shutil.copy(stage1.file, out)
+        command = ("offline_value.py", *stage1_arguments(relative, dataset), "--out", out)
+    elif stage == "train_online":
+        shutil.copytree(one_rank, out)
+
+        def move(values: dict) -> None:
+            values["header"]["model"] = relative
+
+        values = edit_values(stage1.file, tmp_path / "values.json", move)
+        command = ("train_online.py", "--values", values, "--out", out, *RAGGED.split())
+        command = (*command, "--resume")
+    else:
+        shutil.copytree(request.getfixturevalue("straight")("evaluate", 1), out)
+        command = request.getfixturevalue("command")("evaluate", out)
+        command = tuple(relative if word == model else word for word in command)
+    before = snapshot(out)
+    result = run(*command)
+    assert_ended_well(result)
+    assert stage == "evaluate" or "nothing to do" in result.out
+    contents = {path: content for path, (_, content) in snapshot(out).items()}
+    assert contents == {path: content for path, (_, content) in before.items()}
+
+    tokenizer = moved / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    result = run(*command)
+    assert result.code == 2, result.all
+    assert "model_fingerprint (tokenizer_config.json)" in only_error(result)
+
+
+ODD = "mein Ordner 数学 & 'é%s{0}"
 
 
 @pytest.fixture
-def odd_place(tmp_path, model, dataset) -> SimpleNamespace:
-    """A folder whose name has spaces, quotes and letters of three alphabets, with all that is read.
+def odd_place(tmp_path: Path, model: Path, dataset: Path) -> SimpleNamespace:
+    """A folder whose name has spaces, quotes and letters of three alphabets, with all inputs.
 
-    No comma can stand in a benchmark's path: commas part benchmarks.
+    A benchmark's path cannot have a comma, which separates benchmarks.
     """
-    place = tmp_path / ODD.replace(",", "")
+    place = tmp_path / ODD
     shutil.copytree(model, place / "mödel 1")
     shutil.copy(dataset, place / "größe 1.jsonl")
     return SimpleNamespace(folder=place, model=place / "mödel 1", dataset=place / "größe 1.jsonl")
 
 
-def test_path_with_spaces_and_non_ascii(run, stage1, one_rank, odd_place):
-    """Stage 2 alone; the test below takes all three through such a path."""
-    place = odd_place.folder
-    rename = lambda values: values["header"].update(model=str(odd_place.model))  # noqa: E731
-    values = edit_values(stage1.file, place / "wérte.json", rename)
-    arguments = ("--values", values, "--eval-dataset", odd_place.dataset, *RAGGED.split())
-    told = run("train_online.py", *arguments, "--out", place / "läufe 1" / "run [2]")
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    ours, theirs = read_metrics(place / "läufe 1" / "run [2]"), read_metrics(one_rank)
-    ours = [{k: v for k, v in row.items() if k != "eval_accuracy"} for row in ours]
-    assert [untimed(row) for row in ours] == [untimed(row) for row in theirs]
-
-
 @many
-def test_three_stages_in_a_path_with_spaces_and_non_ascii(run, stage1, odd_place):
+def test_three_stages_in_a_path_with_spaces_and_non_ascii(run, stage1, one_rank, odd_place):
     place = odd_place.folder
-    values, out, results = place / "wérte.json", place / "läufe 1", place / "ergebnisse *"
+    values, out, results = place / "wérte.json", place / "läufe [2]", place / "ergebnisse *"
     command = ("offline_value.py", *stage1_arguments(odd_place.model, odd_place.dataset))
-    told = run(*command, "--out", values)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    assert (
-        json.loads(values.read_text())["prompts"] == json.loads(stage1.file.read_text())["prompts"]
-    )
-    told = run("train_online.py", "--values", values, "--out", out, *RAGGED.split())
-    assert told.code == 0 and "Traceback" not in told.all, told.all
+    assert_ended_well(run(*command, "--out", values))
+    prompts = files.read_json(stage1.file)["prompts"]
+    assert files.read_json(values)["prompts"] == prompts
+
+    arguments = ("--values", values, "--eval-dataset", odd_place.dataset, *RAGGED.split())
+    assert_ended_well(run("train_online.py", *arguments, "--out", out))
+    for row, expected in zip(read_metrics(out)[1:], read_metrics(one_rank), strict=True):
+        row.pop("eval_accuracy", None)
+        assert without_times(row) == without_times(expected)
+
     arguments = ("--model", out / "final", "--benchmarks", odd_place.dataset, "--max-tokens", "48")
-    told = run("evaluate.py", *arguments, "--out", results)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    names = sorted(p.name for p in results.iterdir())
+    assert_ended_well(run("evaluate.py", *arguments, "--out", results))
+    names = sorted(path.name for path in results.iterdir())
     assert names == ["größe 1.jsonl", "summary.json"], "partial files and all else are gone"
-    assert list(json.loads((results / "summary.json").read_text())["benchmarks"]) == ["größe 1"]
+    assert list(files.read_json(results / "summary.json")["benchmarks"]) == ["größe 1"]
 
 
 def odd_dataset(path: Path, rows: list[dict]) -> Path:
@@ -1065,35 +1256,19 @@ def odd_dataset(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_dataset_with_crlf_bom_blank_lines_and_100000_rows(tmp_path):
+def test_dataset_with_crlf_bom_blank_lines_and_many_rows(tmp_path):
     """All rows, each as it is: no \\r at an answer's end, no mark before the first key."""
-    rows = [
-        {"question": f"Größe\r\n{i}?\u2028\x85", "answer": str(i), "id": str(i)}
-        for i in range(100_000)
-    ]
+    rows = []
+    for i in range(100_000):
+        rows.append({"question": f"Größe\r\n{i}?\u2028\x85", "answer": str(i), "id": str(i)})
     path = odd_dataset(tmp_path / "odd.jsonl", rows)
     assert path.read_bytes().count(b"\r\n") > 100_000
-    start = time.monotonic()
     loaded = problems.load_problems(str(path))
-    assert time.monotonic() - start < 60
-    assert loaded == [{k: row[k] for k in ("id", "question", "answer")} for row in rows]
-    damaged = [*rows[:99_000], {"question": 5, "answer": "1"}, *rows[99_000:]]
-    odd_dataset(path, damaged)
+    assert loaded == [row | {"_task": "math"} for row in rows]
+    rows.insert(99_000, {"question": 5, "answer": "1"})
+    odd_dataset(path, rows)
     with pytest.raises(UserError, match=r"row 99001\b"):
         problems.load_problems(str(path))
-
-
-@many
-def test_stage_1_with_crlf_bom_blank_lines_and_100000_rows(run, stage1, model, dataset, tmp_path):
-    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
-    more = [{"question": f"More? {i}", "answer": "1", "id": f"more-{i}"} for i in range(100_000)]
-    path = odd_dataset(tmp_path / "digits.jsonl", list(itertools.chain(rows, more)))
-    out = tmp_path / "values.json"
-    arguments = (*stage1_arguments(model, path), "--limit", len(rows), "--out", out)
-    told = run("offline_value.py", *arguments)
-    assert told.code == 0 and "Traceback" not in told.all, told.all
-    ours, theirs = json.loads(out.read_text()), json.loads(stage1.file.read_text())
-    assert ours["prompts"] == theirs["prompts"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1104,8 +1279,8 @@ def test_stage_1_with_crlf_bom_blank_lines_and_100000_rows(run, stage1, model, d
 def test_steady_measures_a_run(run, stage1, tmp_path):
     out = tmp_path / "steady.txt"
     arguments = ("--values", stage1.file, "--num-steps", "15", "--batch-size", "6", "--out", out)
-    told = run("-m", "experiments.steady", *arguments)
-    assert told.code == 0, told.all
+    result = run("-m", "experiments.steady", *arguments)
+    assert result.code == 0, result.all
     for name in ("rss", "rss_with_graders", "open_files", "seconds_total"):
         (line,) = re.findall(rf"^{name} .*", out.read_text(), re.MULTILINE)
         early, late, ratio = (float(word) for word in line.split() if re.match(r"[\d.]+$", word))

@@ -8,6 +8,7 @@ V*'s place it is not.
 
 import itertools
 import math
+import random
 import weakref
 
 import mpmath
@@ -101,7 +102,7 @@ def test_v_star_falls_as_beta1_grows(rewards: list[float], one: float, other: fl
 @quick
 @given(REWARDS, BETA1, st.floats(-100, 100), st.randoms())
 def test_v_star_ignores_order_and_follows_shifts(
-    rewards: list[float], beta1: float, shift: float, random
+    rewards: list[float], beta1: float, shift: float, random: random.Random
 ) -> None:
     v_star, shuffled = value(rewards, beta1), random.sample(rewards, len(rewards))
     assert value(shuffled, beta1) == pytest.approx(v_star, abs=1e-9)
@@ -324,6 +325,8 @@ def test_loss_and_gradient_by_hand() -> None:
     loss.backward()
     # d loss / d logp = 2 * 1/2 * residual / 4
     assert logp.grad.tolist() == [1 / 16, 5 / 16, 0, -3 / 8]
+    each = losses.squared_residuals(logp, ref_logp, rewards, v_star, 0.5)
+    assert each.tolist() == [1 / 16, 25 / 16, 0, 9 / 4]
 
 
 @pytest.mark.parametrize("odd", range(4))
