@@ -2,7 +2,8 @@
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         the theory and the comparison of the methods (hours; it can be resumed)
+# make results         the theory and the comparison (hours; it goes on where it was stopped)
+# make ablations       the ablations (hours; it goes on where it was stopped)
 # make clean           remove what the above made
 #
 # Each makes the environment in .venv/ first, if it is missing or older than its requirements file.
@@ -26,7 +27,7 @@ export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-faults lint results clean
+.PHONY: demo test test-faults lint results ablations clean
 
 demo: $(ENVIRONMENT)
 	@rm -rf $(TOY)/values.json $(TOY)/values.json.partial $(TOY)/before $(TOY)/run $(TOY)/after
@@ -60,10 +61,14 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-results: export OMP_NUM_THREADS := 1  # a second thread hardly helps so small a model
+# A second thread hardly helps so small a model.
+results ablations: export OMP_NUM_THREADS := 1
 results: $(ENVIRONMENT) toy/values.json
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.compare
+
+ablations: $(ENVIRONMENT) toy/values.json
+	$(RUN) -m experiments.compare --ablations
 
 toy/values.json: | $(ENVIRONMENT)
 	$(RUN) -m experiments.toy --out toy --seed 0 --keep

@@ -162,6 +162,8 @@ def grade_file(path: Path) -> dict:
     """
     records = []
     for number, row in enumerate(problems.read_rows(path), start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number} is not an object: {row!r:.60}")
         record = {"id": f"row {number}", "finished": True, "tokens": 0} | row
         if not isinstance(record.get("output"), str):
             raise UserError(f'{path}, row {number} has no text "output": {row!r:.60}')
@@ -173,8 +175,12 @@ def grade_file(path: Path) -> dict:
             raise UserError(f'{path}, row {number}: "tokens" is not a number')
         if record["id"] is None:
             record["id"] = f"row {number}"
+        if not isinstance(record["id"], str | int):
+            raise UserError(f'{path}, row {number}: "id" is neither a text nor a number')
         record["_task"] = "math"
         records.append(record)
+    if not records:
+        raise UserError(f"{path} has no rows")
     # Rows that cannot be graded are named. They stay in the score, as wrong.
     _, reasons = problems.keep_gradable(str(path), records)
     print_ungradable(reasons)
@@ -201,6 +207,8 @@ def settings_of_run(model: str) -> dict:
 
     The model is RUN/final or RUN/checkpoints/step-N, and RUN has config.json and metrics.jsonl.
     """
+    if not Path(model).is_dir():  # a hub id
+        return {}
     for folder in Path(model).absolute().parents[:2]:
         if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
             return files.read_json(folder / "config.json")
@@ -269,8 +277,10 @@ def read_summary(out: Path, header: dict, digests: dict[str, str]) -> dict[str, 
     summary = files.read_json(path)
     wanted = {name: value for name, value in header.items() if name != "model"}
     what = f"{path} (give another --out, or remove it)"
-    files.refuse_difference(what, summary.get("header", {}), wanted)
-    done = summary.get("benchmarks", {})
+    done = summary.get("benchmarks")
+    if not isinstance(summary.get("header"), dict) or not isinstance(done, dict):
+        raise UserError(f"{path} is not a summary: give another --out, or remove it")
+    files.refuse_difference(what, summary["header"], wanted)
     for name in digests.keys() & done.keys():
         files.refuse_difference(f"{name} in {what}", done[name], {"rows_digest": digests[name]})
     return done
@@ -328,12 +338,12 @@ def main() -> None:
     if args.grade:
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
-    files.check_writable(args.out)
+    files.check_writable(args.out, is_folder=True)
     trained_with = settings_of_run(args.model)
     if args.max_tokens is None:
         args.max_tokens = trained_with.get("max_tokens", 1024)
     style = base_style(args, trained_with)
-    trained_reward = trained_with.get("reward", problems.reward_name("math"))
+    trained_reward = trained_with.get("reward")
     benchmarks, ungradable = load_benchmarks(args.benchmarks, args.limit)
     digests = {name: files.content_digest(rows) for name, rows in benchmarks.items()}
     # The engine reserves room for a prompt and a response.
@@ -358,6 +368,9 @@ def main() -> None:
             args.gpu_memory_utilization,
             args.tensor_parallel_size,
         )
+    if torch.distributed.get_rank() == 0:
+        for name in done:  # a kill may have come just before its removal
+            engine.remove_partial(out / f"{name}.jsonl")
     for name in missing:
         rows = benchmarks[name]
         path = out / f"{name}.jsonl"

@@ -186,8 +186,11 @@ def read_finished(out: Path, identity: dict) -> dict | None:
     if not out.exists():
         return None
     values = files.read_json(out)
+    if not isinstance(values.get("header"), dict) or not isinstance(values.get("prompts"), list):
+        raise UserError(f"{out} is not a values file: give another --out, or remove it")
     what = f"{out} (give another --out, or remove it)"
-    files.refuse_difference(what, values.get("header", {}), identity)
+    files.refuse_difference(what, values["header"], identity)
+    engine.remove_partial(out)  # a kill may have come just before its removal
     print(f"{out} is finished: nothing to do")
     return values
 

@@ -76,7 +76,7 @@ EXAMPLES = """examples:
 class Algorithm(NamedTuple):
     """What makes an algorithm out of the loop below.
 
-    `a_star_po` is the one of the paper. experiments/baselines.py has GRPO, REBEL and PPO, and shows
+    `a_star_po` is the one of the paper. experiments/baselines.py has others, and shows
     that most algorithms need only a loss.
     """
 
@@ -426,6 +426,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
         save_checkpoint(folder, step, run.policy, None, run.reference_folder)
     if dist.get_rank() == 0:
         print(f"grading: {math_reward.counts}")
+        run.log.close()
     engine.stop_engine(run.llm)
     if stopped_by:
         sys.exit(128 + stopped_by)
@@ -537,7 +538,7 @@ def check(args: argparse.Namespace) -> TrainingData:
             f"--updates-per-batch {args.updates_per_batch} does not divide --batch-size "
             f"{args.batch_size}"
         )
-    files.check_writable(args.out)
+    files.check_writable(args.out, is_folder=True)
     if not args.resume and any(Path(args.out).glob("*")):
         raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
     if args.tracker and importlib.util.find_spec(args.tracker) is None:

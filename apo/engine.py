@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -43,6 +44,9 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # After a stop signal torchrun kills its ranks in so many seconds; by default 30. Stage 2 needs
+    # the time of a step and a checkpoint.
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
 }
 
 
@@ -432,12 +436,16 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
     Raises UserError if they are another run's.
     """
     note = folder / "identity.json"
+    paths = sorted(folder.glob("*.jsonl"))
     if note.exists():
         what = f"{folder} (remove it, or give another --out)"
         files.refuse_difference(what, files.read_json(note), identity)
-    files.write_json(note, identity)
+    elif any(path.stat().st_size > 0 for path in paths):
+        raise UserError(f"{folder} has lost its identity.json: remove it, or give another --out")
+    else:
+        files.write_json(note, identity)
     records = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in paths:
         for record in files.read_whole_lines(path):
             if "id" in record and "sample" in record:
                 records.append(record)
@@ -445,11 +453,12 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove the records of a run whose result is saved."""
+    """Remove the records of a run whose result is saved, if there are any."""
     folder = partial_folder(out)
-    for path in folder.glob("*"):
+    # Before the note whose they are: a kill in between must not leave records that are nobody's.
+    for path in folder.glob("*.jsonl"):
         path.unlink(missing_ok=True)
-    folder.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_rank_0(function: Callable, *arguments: Any) -> Any:

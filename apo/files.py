@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON file that holds one object. UserError says what is wrong with it."""
     try:
         document = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise UserError(f"cannot read {path}: it holds a {type(document).__name__}, not an object")
@@ -67,7 +67,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]!r}")
@@ -138,13 +138,20 @@ def lock(path: Path) -> TextIO:
             f"{path} is in use by another run: wait until that has ended, or give another --out"
         ) from error
     content = path.read_bytes()
-    file.truncate(content.rfind(b"\n") + 1)
+    if not content.endswith(b"\n"):
+        file.truncate(content.rfind(b"\n") + 1)
     return file
 
 
-def check_writable(out: str | Path) -> None:
-    """Raise UserError, before hours are spent, if nothing can be written at `out`."""
-    for folder in Path(out).absolute().parents:
+def check_writable(out: str | Path, is_folder: bool = False) -> None:
+    """Raise UserError, before hours are spent, if nothing can be written at `out`.
+
+    `is_folder` says whether `out` is to be a folder, or a file.
+    """
+    places = list(Path(out).absolute().parents)
+    if is_folder:
+        places.insert(0, Path(out))
+    for folder in places:
         if folder.exists():
             break
     if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -428,7 +428,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole; a damaged one is renamed damaged-*, and told."""
-    for path in list_checkpoints(folder):
+    found = list_checkpoints(folder)
+    for path in found:
         if saved_step(path) == int(path.name.removeprefix("step-")):
             return path
         damaged = path.with_name(f"damaged-{time.time():.0f}-{path.name}")
@@ -437,6 +438,8 @@ def find_checkpoint(folder: Path) -> Path | None:
             f"{path} is damaged: it is called {damaged.name} now, and the one before it is used",
             file=sys.stderr,
         )
+    if found:
+        print(f"{folder} has no whole checkpoint: training starts again", file=sys.stderr)
     return None
 
 

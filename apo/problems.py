@@ -263,7 +263,7 @@ def read_rows(path: Path) -> list[dict]:
             raise UserError(f"cannot read {path}: {error}") from error
     try:
         rows = json.loads(files.read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"cannot read {path}: it is not a list of rows")
@@ -366,8 +366,8 @@ def prompt_style(
     return PromptStyle(template, chat_template, system_prompt, kwargs)
 
 
-def style_of_task(style: PromptStyle, task: str, trained_reward: str) -> PromptStyle:
-    """Return how to ask another task of a model that was trained with `style`.
+def style_of_task(style: PromptStyle, task: str, trained_reward: str | None) -> PromptStyle:
+    """Return how to ask a task of a model that was trained with `style`; None: it was not trained.
 
     A task that is scored alike is asked as in training. Any other one keeps its own template.
     """

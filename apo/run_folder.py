@@ -76,15 +76,18 @@ class RunLog:
         self.samples_file = files.lock(self.out / "samples.jsonl")
 
     def forget_after(self, last_step: int) -> None:
-        """Drop the lines of steps that run again; without a checkpoint, of all of them."""
+        """Drop the lines of steps that run again; without a checkpoint, of all of them.
+
+        The files are cut and not written again, so that a kill loses no line that is kept.
+        """
         for file in (self.metrics_file, self.samples_file):
-            lines = files.read_whole_lines(Path(file.name))
-            file.truncate(0)
+            num_bytes = 0
             if last_step > 0:
-                for line in lines:
-                    if line.get("step", 0) <= last_step:
-                        file.write(json.dumps(line) + "\n")
-            file.flush()
+                for line in Path(file.name).read_bytes().splitlines(keepends=True):
+                    if json.loads(line)["step"] > last_step:
+                        break
+                    num_bytes += len(line)
+            file.truncate(num_bytes)
 
     def start_tracker(self, name: str, config: dict) -> None:
         """Send the metrics to wandb or trackio as well; the two have the same functions."""
@@ -98,6 +101,11 @@ class RunLog:
         if self.tracker is not None:
             self.tracker.log(metrics, step=metrics["step"])
         print(self.describe(metrics), flush=True)
+
+    def close(self) -> None:
+        """Tell the tracker that the run has ended: trackio sends its last lines only then."""
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def write_samples(
         self, step: int, responses: list[Response], logratios: dict[int, float]
@@ -128,9 +136,10 @@ class RunLog:
             parts.append(f"reward {metrics['reward']:.3f}")
             parts.append(f"V* {metrics['v_star']:.3f}")
             if "logratio" in metrics:
-                parts.append(f"KL {metrics['logratio']:.3g}")
+                parts.append(f"KL {metrics['logratio']:.3f}")
             parts.append(f"length {metrics['response_tokens']:.0f}")
-            parts.append(f"{metrics['seconds_total']:.1f} s")
+            decimals = 1 if metrics["seconds_total"] < 100 else 0
+            parts.append(f"{metrics['seconds_total']:.{decimals}f} s")
             parts.append(f"{describe_seconds(left)} left")
         if "eval_accuracy" in metrics:
             parts.append(f"test {metrics['eval_accuracy']:.1%}")
@@ -138,10 +147,12 @@ class RunLog:
 
 
 def describe_seconds(seconds: float) -> str:
-    """Write a time for a person: 45 s, 12 min, 3 h 20 min."""
+    """Write a time for a person: 45 s, 12 min, 3 h 20 min, 31 h."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
     if minutes < 90:
         return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 600:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes / 60:.0f} h"

@@ -13,6 +13,16 @@ from apo import files, problems
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
 
+# What the fields of a header are that a file written by hand may leave out.
+KINDS = {
+    "task": str,
+    "dataset": str,
+    "prompt_template": str,
+    "chat_template": bool,
+    "system_prompt": str | None,
+    "chat_template_kwargs": dict | None,
+}
+
 
 @dataclasses.dataclass
 class Values:
@@ -55,8 +65,12 @@ def check_header(document: dict, name: str) -> dict:
     header.update(given)
     for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):
         value = header.get(field)
-        if type(value) not in (int, float) or not value > 0:
+        highest = float("inf") if field == "beta1" else 1e9
+        if type(value) not in (int, float) or not 0 < value <= highest:
             raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
+    for field, kind in KINDS.items():
+        if not isinstance(header[field], kind):
+            raise UserError(f'{name}: "{field}" in its header cannot be {header[field]!r}')
     header["max_prompt_tokens"] = int(header["max_prompt_tokens"])
     header["max_tokens"] = int(header["max_tokens"])
     check_task(header, name)
@@ -112,6 +126,10 @@ def check_entries(document: dict, name: str) -> list[dict]:
                 raise UserError(f'{where} has no text "{field}"')
         if "answer" not in entry:
             raise UserError(f'{where} has no "answer"')
+        if not isinstance(entry.get("question", ""), str):
+            raise UserError(f'{where}: its "question" is not a text')
+        if not isinstance(entry.get("row", {}), dict):
+            raise UserError(f'{where}: its "row" is not an object')
         if entry["id"] in seen:
             raise UserError(f"{where}: an earlier prompt has the same id, {entry['id']!r}")
         seen.add(entry["id"])

@@ -3,19 +3,19 @@
 Question: what does another algorithm change in the training loop?
 Command:  python -m experiments.baselines --method grpo --values toy/values.json --out runs/grpo
           with the flags of train_online.py. --beta1 and --beta2 act in `running` alone.
-Time:     that of train_online.py, times the responses per prompt; REBEL and GRPO score most
-          responses once more, PPO also trains a critic.
+Time:     that of train_online.py for as many responses. PPO trains a second model, its critic.
 Output:   a run folder like that of train_online.py. Prompts come from the values file.
-Answer:   a loss of a few lines, and what it has to know before the update:
+Answer:   a loss of a few lines, and what that loss needs. The loop stays the same.
 
-             responses  baseline in             pi_ref          pi_t, which        mean of the
-             a prompt   the loss                                sampled            loss over
-A*-PO                1  V*, from stage 1        in the target   -                  responses
-GRPO                 8  mean of the group       KL in the loss  in the ratio       tokens
-REBEL                2  the other of the pair   KL in reward    in the log-ratio   pairs
-PPO                  1  a critic                KL in reward    in the ratio       tokens
+         responses   compared with           pi_ref is in   pi_t is in      mean of the
+         per prompt                                                         loss over
+A*-PO             1  V*, from stage 1        the loss       -               responses
+GRPO              8  the group's mean        the loss       the ratio       tokens
+REBEL             2  the pair's other one    the reward     the log-ratio   pairs
+PPO               1  a critic's value        the reward     the ratio       tokens
 
-`running` is A*-PO without stage 1: a running mean of the online rewards stands in V*'s place.
+pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of the online
+rewards takes the place of V*.
 
 All make one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1 and use
 AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
@@ -153,7 +153,7 @@ def gae(
     check_shapes(rewards, values)
     if lengths.sum() != len(values):
         raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(values.shape)}")
-    # All responses at once, one token after the other from the end: (B, longest), 0 where none is.
+    # Padded to (B, longest) with zeros, so that one loop over tokens serves all responses.
     is_token = torch.arange(int(lengths.max())) < lengths.cpu()[:, None]
     is_token = is_token.to(values.device)
     r = values.new_zeros(is_token.shape)
@@ -180,7 +180,7 @@ def token_mean(token_losses: Tensor, batch: MicroBatch) -> Tensor:
     """Return (B,) losses whose mean over all sequences is the mean of (R,) over all tokens.
 
     The update takes the mean over sequences. Each sequence counts by the sum over its tokens, in
-    units of the mean length in the whole update, so that the split into micro-batches is no matter.
+    units of the mean length in the whole update. So the split into micro-batches does not matter.
     """
     parts = token_losses.split(batch.lengths.tolist())
     sums = torch.stack([part.sum() for part in parts])
@@ -256,7 +256,7 @@ def rebel(args: argparse.Namespace, data: TrainingData) -> Algorithm:
 
 
 def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
-    """A*-PO with a running mean of all online rewards in V*'s place, and so without stage 1."""
+    """A*-PO with a running mean of all online rewards in place of V*: no stage 1 is needed."""
     mean = None
 
     def credit(responses: list[Response]) -> None:
@@ -322,13 +322,18 @@ def whiten(batches: list[MicroBatch]) -> None:
 
 
 def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
-    """PPO: a clipped policy gradient, whose baseline is a critic that is trained beside it."""
+    """PPO: a clipped policy gradient. Its baseline is a critic that is trained together with it."""
     critic = None
     optimizer = None
+
+    def critic_loss(batch: MicroBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        token_losses = value_loss(values, batch.extra["old_values"], batch.extra["returns"])
+        return token_mean(token_losses, batch), {}
 
     def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
         nonlocal critic, optimizer
         if critic is None:
+            # Only now: on a GPU the engine must start before any of the trainer's models.
             folder = files.model_folder(data.values.header["model"])
             mesh = next(policy.parameters()).device_mesh
             critic = load_critic(folder, mesh, args.gradient_checkpointing)
@@ -348,10 +353,6 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         whiten(all_batches)
         # Critic and policy share no weights, so the critic can be updated here, before the policy.
         train_online.update(critic, optimizer, updates, critic_loss)
-
-    def critic_loss(batch: MicroBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        token_losses = value_loss(values, batch.extra["old_values"], batch.extra["returns"])
-        return token_mean(token_losses, batch), {}
 
     def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         token_losses = ppo_loss(token_logp, batch.extra["old_logp"], batch.extra["advantages"])
@@ -404,8 +405,8 @@ def check_method(args: argparse.Namespace) -> None:
         raise UserError(f"--samples-per-prompt {args.samples_per_prompt}: REBEL needs pairs, 2")
     if args.resume and not method.can_resume:
         raise UserError(
-            f"{args.method} cannot --resume, because a checkpoint has the policy alone: "
-            "start again, with another --out"
+            f"{args.method} cannot --resume, because checkpoints hold only the policy: "
+            "start again with another --out"
         )
 
 

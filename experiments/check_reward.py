@@ -9,7 +9,7 @@ For every row of each file (`answer`, and any of `id`, `solution`, `output` with
 - next       the answer rejects the answer of the next row whose text differs
 - label      the reward of the output agrees with the label
 
-Prints each failure with the row's id, then the rates of the file, all from `problems.grade`.
+Prints each failure with the row's id, then the rates of the file, all from `apo.math_reward.grade`.
 """
 
 import json
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from problems import check_answer, grade, grading_counts, last_box
+from apo.math_reward import check_answer, counts, grade, last_box
 
 
 def load(path: Path) -> list[dict]:
@@ -76,7 +76,7 @@ def main() -> None:
             )
         seconds = time.perf_counter() - start
         print(f"{path.name}: {', '.join(rates)} ({seconds:.1f} s)\n")
-    print(grading_counts)
+    print(counts)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,20 @@ Output:   experiments/results/compare.json and compare.png, or ablations.json.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
-All methods sample rollouts of the same number of responses: with 8 responses per prompt, a rollout
-has an eighth of the prompts. Each method first runs all learning rates with a seed that is not
-reported, and keeps the rate with the highest mean reward over the run, which counts both the speed
-and the end. The ablations have one learning rate.
+All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
+eighth of the prompts. Each method first tries all learning rates with a seed that is not reported,
+and keeps the rate with the highest mean reward over the run. The ablations have one rate.
 
 The results are a list with one entry for each method. Pairs are the mean over the seeds and its
 standard error:
 
 tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. The time
                              of stage 1 is measured here, with the start-up of its engine.
-reward_final                 reward of the training responses, smoothed over SMOOTHING steps
+reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
 pass_at_1, pass_at_64        of the trained model on the test problems, at temperature 1
-kl                           ln(pi / pi_ref) of a response at the end, in nats
-tokens_to, seconds_to        by goal: what was spent when the smoothed reward reached it; null if it
-                             did not in every run
+kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
+tokens_to, seconds_to        by goal: what was spent when the reward, smoothed over SMOOTHING steps,
+                             reached it; null unless every run reached it
 """
 
 import argparse
@@ -56,7 +55,6 @@ from experiments.plot import COLOURS, smooth, spread
 RUNS_AT_ONCE = 2
 TUNING_SEED = 1000  # of the runs that choose the learning rate; no result is from it
 SMOOTHING = 5  # steps
-LAST_STEPS = 3  # the KL at the end is a mean over so many
 
 # ---------------------------------------------------------------------------------------------
 # What is compared
@@ -67,7 +65,7 @@ class Setting(NamedTuple):
 
     method: str  # its name in the results
     command: str = "train_online.py"
-    value_samples: int = 8  # N of stage 1; 0 is for no stage 1, and then V* is 0
+    value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
     responses: int = 1  # per prompt
     rate_scale: float = 1.0  # of the learning rate
 
@@ -107,8 +105,9 @@ ABLATIONS = [
     Setting("beta2_1e-2", "train_online.py --beta2 1e-2"),
     Setting("beta2_1e-1", "train_online.py --beta2 1e-1"),
     Setting("filter_unsolved", "train_online.py --filter-unsolved"),
-    # With one learning rate, more updates are more movement. With lr / updates, what is left is
-    # how far off-policy the later updates are: there V* is a target, not only a baseline.
+    # With one learning rate, more updates move the policy further. The scaled rows divide it by the
+    # number of updates. They differ in how far off-policy the later updates are, where V* is a
+    # target and not only a baseline.
     Setting("updates_1", ONE_UPDATE),
     Setting("updates_4", FOUR_UPDATES),
     Setting("updates_1_scaled", ONE_UPDATE, rate_scale=2),
@@ -132,10 +131,10 @@ class Job(NamedTuple):
 
 
 def run_job(job: Job) -> None:
-    """Run a job unless it is finished; what was left unfinished is started anew.
+    """Run a job unless it is finished; one that was interrupted starts again.
 
-    The output goes to FOLDER.log, the command and its seconds to FOLDER.json. UserError if the
-    folder was made by another command.
+    The output goes to FOLDER.log, the command to FOLDER.json. Raises UserError if another command
+    made the folder.
     """
     note = Path(f"{job.folder}.json")
     if (job.folder / job.product).exists():
@@ -216,11 +215,12 @@ def evaluate_job(args: argparse.Namespace, trained: Path) -> Job:
 
 
 class Run(NamedTuple):
-    """What a run says. What was spent counts stage 1, and goes up to the start of each step."""
+    """The log of a training run, with what was spent, stage 1 included, before each step."""
 
     reward: list[float]  # of each step, smoothed
-    tokens: list[float]  # spent; one number more than steps: the last is the total
+    tokens: list[float]  # sampled before each step; and one more, the total
     seconds: list[float]  # the same
+    reward_final: float
     kl: float
 
 
@@ -233,9 +233,14 @@ def read_run(args: argparse.Namespace, setting: Setting, folder: Path) -> Run:
     for step in steps:
         tokens.append(tokens[-1] + step["response_tokens"] * args.rollout_size)
         seconds.append(seconds[-1] + step["seconds_total"])
-    reward = smooth([step["reward"] for step in steps], SMOOTHING)
-    kl = statistics.mean(step["logratio"] for step in steps[-LAST_STEPS:])
-    return Run(reward, tokens, seconds, kl)
+    rewards = [step["reward"] for step in steps]
+    return Run(
+        reward=smooth(rewards, SMOOTHING),
+        tokens=tokens,
+        seconds=seconds,
+        reward_final=statistics.mean(rewards[-SMOOTHING:]),
+        kl=statistics.mean(step["logratio"] for step in steps[-SMOOTHING:]),
+    )
 
 
 def read_pass_at_k(folder: Path) -> dict[str, float]:
@@ -276,7 +281,7 @@ def make_row(
         "rollouts": args.num_steps,
         "tokens_total": mean_and_error([run.tokens[-1] for run in runs]),
         "seconds_total": mean_and_error([run.seconds[-1] for run in runs]),
-        "reward_final": mean_and_error([run.reward[-1] for run in runs]),
+        "reward_final": mean_and_error([run.reward_final for run in runs]),
     }
     for k in (1, args.eval_samples):
         row[f"pass_at_{k}"] = mean_and_error([pass_at_k[str(k)] for pass_at_k in passes])
@@ -291,9 +296,10 @@ def make_row(
 
 def draw(runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Path) -> None:
     """Draw the reward of all methods, with a band of one standard error, against what was spent."""
-    pyplot.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)
+    styles = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)
     figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 4), sharey=True, layout="constrained")
     for axes, what in zip(panels, ("tokens", "seconds"), strict=True):
+        axes.set_prop_cycle(styles)
         for runs in runs_of.values():
             rewards = numpy.array([run.reward for run in runs])
             spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0)
@@ -307,19 +313,21 @@ def draw(runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Pat
                 spent_by[row["method"]] = row[f"{what}_to"][goal]
         best = min(spent_by, key=spent_by.get, default="no method")
         axes.set_title(f"Reward {goal} with the fewest {what}: {best}", fontsize=9, loc="left")
-        axes.set_xlabel(f"{what}, stage 1 included")
+        axes.set_xlabel(f"{what}, stage 1 included", fontsize=8.5)
+        axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("reward of the training responses")
-    # Each line's name stands at its end.
+    panels[0].set_ylabel("reward of the training responses", fontsize=8.5)
+    # Write the name of each line at its end.
     lines = panels[1].lines
     bottom, top = panels[1].get_ylim()
     ends = [(line.get_ydata()[-1] - bottom) / (top - bottom) for line in lines]
     for line, name, end in zip(lines, runs_of, spread(ends, gap=0.06), strict=True):
-        place = (1.02, end)
-        colour = line.get_color()
-        panels[1].annotate(name, place, xycoords="axes fraction", color=colour, fontsize=8)
+        style = {"color": line.get_color(), "fontsize": 8}
+        dashes = "- - " if line.get_linestyle() == "--" else ""
+        panels[1].annotate(dashes + name, (1.02, end), xycoords="axes fraction", **style)
     figure.savefig(out, dpi=200)
     pyplot.close(figure)
 
@@ -335,11 +343,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     number = command_line.positive_integer
-    add(
-        "--ablations",
-        action="store_true",
-        help="vary A*-PO instead (by default 3 seeds, one rate, 8 samples)",
-    )
+    add("--ablations", action="store_true", help="vary A*-PO: 3 seeds, lr 1e-4, 8 test samples")
     add("--only", nargs="+", metavar="METHOD", help="make these rows alone")
     add("--model", default="toy/reference", help="the reference")
     add("--dataset", default="toy/train.jsonl", help="training problems")
@@ -353,7 +357,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval-samples", type=number, default=64, help="responses to a test problem")
     add("--work", type=Path, default=Path("runs/compare"), help="folder of all runs, kept")
     add("--out", type=Path, default=Path("experiments/results"), help="folder of the results")
-    if "--ablations" in sys.argv:
+    if parser.parse_args().ablations:
         parser.set_defaults(seeds=3, rates=[1e-4], eval_samples=8)
     return parser.parse_args()
 
@@ -396,7 +400,7 @@ def main() -> None:
         run_jobs([train_job(args, s, rate, TUNING_SEED) for rate in args.rates for s in settings])
         rates = {setting: choose_rate(args, setting) for setting in settings}
     jobs = {}
-    # Seed by seed, so that a busy hour of the machine is no method's own.
+    # Seed by seed, so that a busy hour of the machine slows all methods down.
     for seed in range(args.seeds):
         for setting in settings:
             jobs[setting, seed] = train_job(args, setting, rates[setting], seed)

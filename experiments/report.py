@@ -16,7 +16,7 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from apo import engine
+from apo import command_line
 from apo.files import UserError, read_json, read_jsonl
 from experiments import plot
 
@@ -119,7 +119,7 @@ def format_transcript(before: list[dict], after: list[dict]) -> str:
     ]
     columns = (pair.before["output"].splitlines(), pair.after["output"].splitlines())
     for left, right in itertools.zip_longest(*columns, fillvalue=""):
-        lines.append(f"{'  ' + left:<{WIDTH}}  {right}")
+        lines.append(f"{'  ' + left:<{WIDTH}}  {right}".rstrip())
     right_before = f"({count_right(before, problem_id)} samples right)"
     right_after = f"({count_right(after, problem_id)} samples right)"
     lines.append(f"{right_before:<{WIDTH}}{right_after}")
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    command_line.run(main)

@@ -6,20 +6,22 @@ Ordinary outputs: half right, half with the answer of another row, each after a 
 `grade` and plain math-verify (as its README says: parse, parse, verify; a process for each core)
 take turns, three times, after both have been warmed up, each time with other wrong answers; `again`
 is `grade` on the same outputs once more, as it then remembers. Then two batches of 1,000 pairs of
-which 20 are pathological.
+which 20 are pathological, and 100 right answers that take algebra, beside no other process, two and
+four that keep the cores busy: none may be lost.
 """
 
 import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from problems import grade, grading_counts
+from apo.math_reward import counts, grade
 
 COUNT, ROUNDS = 4000, 3
 SOLUTION = "Let $x$ be so that $\\frac{x}{2} + 3^{k} = \\sqrt{x^2 - {%d}}$ for all $k$, see (%d). "
@@ -76,6 +78,20 @@ def rate(work: Callable[..., list[float]], *args: Any) -> tuple[float, float]:
     return len(rewards) / (time.perf_counter() - start), sum(rewards) / len(rewards)
 
 
+def lost(busy: int) -> int:
+    """Count the right symbolic answers of 100 that get no reward beside busy processes."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    # Other answers each time, so that no worker remembers them.
+    numbers = range(100 * busy + 2, 100 * busy + 102)
+    answers = [rf"\frac{{x^{{{n}}}+{n}}}{{\sqrt{{{n}}}}}" for n in numbers]
+    responses = [rf"\boxed{{({n}+x^{{{n}}})\cdot {n}^{{-1/2}}}}" for n in numbers]
+    try:
+        return 100 - int(sum(grade(responses, answers)))
+    finally:
+        for process in spinning:
+            process.kill()
+
+
 def main() -> None:
     """Print the rates in turns, then the times of the batches with pathological boxes."""
     rng = random.Random(0)
@@ -106,7 +122,9 @@ def main() -> None:
         rewards = grade(responses, [str(n) for n in range(1000)])
         seconds = time.perf_counter() - start
         print(f"1,000 pairs, 20 pathological, {batch}: {seconds:.1f} s, {sum(rewards):.0f} right")
-    print(grading_counts)
+    for busy in (0, 2, 4):
+        print(f"100 symbolic answers beside {busy} busy processes: {lost(busy)} lost")
+    print(counts)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Question: does equation (3) lead to the optimal policy, and how good is a V* from N samples?
 Command:  python -m experiments.theory
-Time:     20 seconds on one core. There is no model: all is float64 and exact sums.
+Time:     5 seconds on one core. There is no model: all is float64 and exact sums.
 Output:   theory.txt, theory.json and three pictures theory-*.png in experiments/results.
 Answer:
   1. With samples of another policy, only the exact V* leads to pi*. The mean reward or zero in its
@@ -32,12 +32,12 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import losses
-from apo import engine
+from apo import command_line
 from apo.files import write_text
 from experiments.plot import COLOURS, Label, finish, label_lines, save
 
 FLOAT64 = torch.float64
-BETA = 0.25  # beta1 and beta2 of the bandit
+BETA = 0.25  # beta1 and beta2, here and in regret.py
 BETA1S = (0.1, 0.5, 1.0, 10.0)
 NUM_SAMPLES = (1, 2, 4, 8, 32)
 
@@ -228,9 +228,7 @@ def standard_errors() -> Part:
     log = [
         "3. Standard error (s.e.) and bias of V* from N samples, at the success rate p where each",
         "   is largest",
-        row.format(
-            "N", "beta1", "p, delta", "p, exact", "s.e.", "at p = 1/2", "ratio", "bias", "p"
-        ),
+        "  N  beta1  p, delta  p, exact    s.e.  at 1/2  ratio     bias    at p",
     ]
     p = success_rates()
     half = torch.tensor([0.5], dtype=FLOAT64)
@@ -282,7 +280,7 @@ def draw_fixed_point(data: dict, out: Path) -> None:
     label_lines(on_policy, [Label("all three", data["on-policy"][0][-1], "black")])
     y_label = "distance to π* (total variation)"
     finish(off_policy, "Off-policy, only the exact V* leads to π*", "step", y_label)
-    finish(on_policy, "On-policy, any number in its place does", "step", "")
+    finish(on_policy, "On-policy, any number in its place works", "step", "")
     save(figure, out)
 
 
@@ -357,7 +355,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are tiny
-    start = time.perf_counter()
+    start = time.process_time()
     parts = {"fixed-point": fixed_point(), "v-star": limits(), "standard-error": standard_errors()}
     draw_fixed_point(parts["fixed-point"].data, args.out / "theory-fixed-point.png")
     draw_limits(parts["v-star"].data, args.out / "theory-v-star.png")
@@ -367,10 +365,10 @@ def main() -> None:
     for name, part in parts.items():
         log += ["", *part.log]
         data[name] = part.data
-    log += ["", f"{time.perf_counter() - start:.0f} s on one thread"]
+    log += ["", f"{time.process_time() - start:.0f} s of one core"]
     write_results(args.out / "theory", log, data)
     print("\n".join(log))
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    command_line.run(main)

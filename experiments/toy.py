@@ -42,7 +42,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from apo.engine import run
+from apo.command_line import run
 from apo.files import (
     UserError,
     check_writable,

@@ -1,293 +1,320 @@
-"""Ours against TRL's A2POTrainer, in turns: stage 1 and 40 steps on two toys, on the CPU.
+"""Compare the speed of our two stages with that of TRL's A2POTrainer, on the toy and a CPU.
 
-    python -m experiments.versus_trl --trl-python /path/to/trl-env/bin/python
+Question: how fast is this code compared with TRL's implementation of the same algorithm?
+Command:  pip install --target runs/trl --no-deps trl==1.16.0 accelerate==1.15.0
+          python -m experiments.versus_trl                                    (after `make demo`)
+Time:     10 minutes on 2 cores.
+Output:   versus-trl.txt and versus-trl.json in experiments/results.
+Answer:   TO BE MEASURED
 
-The environment is made as experiments/trl_a2po.py says; both toys are made first if --folder has
-none. The same on both sides: reference, prompts, reward, N, beta1, beta2, batch, learning rate,
-AdamW and its clip, response limit, float32, and one optimiser step per rollout (TRL has no other).
-TRL gets its fastest settings: those of `CHOICES` are tried on each toy in short runs, and stage 1
-has its prompts sorted by length, which wastes less on padding.
+Both sides have the same reference, prompts, reward, N, beta1, beta2, batch, learning rate, AdamW,
+clipping, response limit and float32, and one optimizer step per batch (TRL has no other). TRL runs
+with each of --trl-batch-sizes, and its fastest run counts. Where TRL would differ:
 
-Two times are told, both the sum of the two stages:
+1. A2POConfig(top_k=None), documented as "disabled", samples from the 50 likeliest tokens, because
+   transformers fills the gap with its own default. 0 turns it off.
+2. Prompts that the reference never solved are dropped, unless filter_all_incorrect is False.
+3. bf16, gradient checkpointing and a falling learning rate are on by default.
+4. The reward sees text alone, not whether EOS came. Text as long as the limit earns 0 here.
 
-whole   wall-clock of the processes, from start to exit: imports, loading, ours starting its engine
-        twice, and saving the trained model; TRL has one process
-bare    start-up excluded. Ours: stage 1 from the moment its folder of partial results appears
-        until the file of the values, and `seconds_total` of all steps in metrics.jsonl. TRL: its
-        stage 1, and its steps. Neither has loading, saving or evaluation in it.
-
-Accuracy is evaluate.py's, 8 samples to each test problem, for both and for the reference. Rounds
-have seeds of their own and alternate who goes first. Ratios are ours / TRL's, of times summed over
-rounds; below 1, ours is faster. Writes experiments/results/versus-trl.json and .txt.
+Two times are compared: `whole` processes, with imports, start-up and saving (we have two processes
+and an engine, TRL has one process), and `bare`: sampling and grading of stage 1, and the steps.
 """
 
 import argparse
-import itertools
-import json
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import problems
+from apo import command_line, problems
+from apo.files import UserError, read_json, read_jsonl, write_json, write_text
 
-# name: (the module that makes it, the longest response in tokens)
-TOYS = {"uniform": ("experiments.toy", 128), "long_tail": ("experiments.long_tail", 256)}
-# What TRL may choose of: attention, and (prompts at once in stage 1, in stage 2).
-CHOICES = tuple(itertools.product(("sdpa", "eager"), ((32, 32), (64, 64), (128, 128), (256, 128))))
 RESULTS = Path("experiments/results")
+BETA1 = 0.5
+BETA2 = 1e-3
+
+
+class Times(NamedTuple):
+    """What one run of one side took, in seconds, and the accuracy of the model that it trained."""
+
+    whole: float
+    bare: float
+    stage1: float
+    steps: float
+    cpu: float  # CPU time of the whole processes, which other load hardly changes
+    accuracy: float
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
-    add = parser.add_argument
-    add("--trl-python", required=True, help="the python of TRL's environment")
-    add("--folder", type=Path, default=Path("runs/versus-trl"), help="toys, runs and logs")
-    add("--out", type=Path, default=RESULTS / "versus-trl.json", help="the results; .txt beside it")
-    add("--toys", default="uniform,long_tail", help="which, with commas")
-    add("--rounds", type=int, default=2, help="runs of each side")
-    add("--num-steps", type=int, default=40, help="steps of stage 2")
-    add("--batch-size", type=int, default=128, help="prompts per step")
-    add("--num-value-samples", type=int, default=8, help="N, responses per prompt in stage 1")
-    add("--lr", type=float, default=1e-4, help="AdamW's learning rate")
-    add("--num-samples", type=int, default=8, help="responses per test problem")
-    add("--limit", type=int, default=0, help="use only the first so many problems; 0: all")
-    add("--seed", type=int, default=0, help="of the first round, and of the toys")
-    add("--trl-flags", help="instead of trying: flags for trl_a2po, as '--attention eager'")
+    parser = command_line.new_parser(__doc__.splitlines()[0], "")
+    positive_integer = command_line.positive_integer
+    parser.add_argument("--trl", type=Path, default=Path("runs/trl"), help="where TRL is installed")
+    parser.add_argument("--toy", type=Path, default=Path("toy"), help="the folder of make demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/versus-trl"), help="runs and logs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--rounds", type=positive_integer, default=2, help="runs of each side")
+    parser.add_argument("--num-steps", type=positive_integer, default=40, help="steps of stage 2")
+    parser.add_argument("--batch-size", type=positive_integer, default=128, help="prompts a step")
+    parser.add_argument(
+        "--num-value-samples", type=positive_integer, default=8, help="N, responses per prompt"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive_integer, default=128, help="longest response, in tokens"
+    )
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    parser.add_argument(
+        "--trl-batch-sizes", default="32,64,128", help="what TRL may take at once, with commas"
+    )
+    # The process of TRL's side runs this module with this flag.
+    parser.add_argument("--trl-batch-size", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------
-# Processes
+# TRL's side, in a process of its own
 
 
-def run(command: list, log: Path, awaited: Path | None = None) -> dict[str, float]:
-    """Run a command to its end, its output to a log; wall and CPU seconds, and the load before.
+def make_trl_config(args: argparse.Namespace) -> Any:
+    """Set TRL as we are set, and turn off all else that costs time."""
+    from trl.experimental.a2po import A2POConfig
 
-    `awaited`, if given, is a path whose first appearance is told too, as `appeared` (epoch).
-    UserError with the log's end if it fails.
-    """
+    return A2POConfig(
+        output_dir=str(args.out / "trainer"),
+        num_value_samples=args.num_value_samples,
+        beta1=BETA1,
+        beta2=BETA2,
+        filter_all_incorrect=False,
+        max_prompt_length=256,
+        max_completion_length=args.max_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        per_device_train_batch_size=args.trl_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.trl_batch_size,
+        max_steps=args.num_steps,
+        learning_rate=args.lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        seed=args.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def make_trl_reward(tokenizer: Any, max_tokens: int) -> Callable:
+    """Return our reward as TRL calls it, with 0 for a response that did not finish."""
+
+    def reward(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        rewards = []
+        for text, right, ids in zip(
+            completions, answer, tokenizer(completions).input_ids, strict=True
+        ):
+            # The text has no EOS, so one that finished has at most max_tokens - 1 tokens.
+            finished = len(ids) < max_tokens
+            rewards.append(problems.reward(text, right) if finished else 0.0)
+        return rewards
+
+    return reward
+
+
+def train_with_trl(args: argparse.Namespace) -> None:
+    """Run both of TRL's stages; save the model, and the times in times.json."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.a2po import A2POTrainer
+
+    reference = args.toy / "reference"
+    tokenizer = AutoTokenizer.from_pretrained(reference, padding_side="left")
+    rows = []
+    for row in problems.load_problems(str(args.toy / "train.jsonl")):
+        rows.append({"prompt": problems.format_prompt(row["question"]), "answer": row["answer"]})
+    # Stage 1 pads each batch to its longest prompt. Training shuffles in any case.
+    rows.sort(key=lambda row: len(tokenizer(row["prompt"]).input_ids))
+    trainer = A2POTrainer(
+        model=AutoModelForCausalLM.from_pretrained(reference),
+        reward_funcs=make_trl_reward(tokenizer, args.max_tokens),
+        args=make_trl_config(args),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    start = time.perf_counter()
+    trainer._estimate_optimal_values()
+    middle = time.perf_counter()
+    trainer.train()
+    end = time.perf_counter()
+    trainer.save_model(str(args.out / "final"))
+    write_json(args.out / "times.json", {"stage1": middle - start, "steps": end - middle})
+
+
+# ---------------------------------------------------------------------------------------------
+# Both sides as processes
+
+
+class Process(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    cpu: float
+    started_work: float  # the time at which the awaited path was there
+
+
+def run(
+    arguments: list[Any], log: Path, awaited: Path | None = None, trl: Path | None = None
+) -> Process:
+    """Run Python with these arguments, and its output in a log. UserError if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    told = {"load_before": os.getloadavg()[0]}
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if trl is not None:
+        environment |= {"PYTHONPATH": str(trl), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    started_work = 0.0
+    words = [sys.executable, *(str(argument) for argument in arguments)]
     with open(log, "w") as file:
-        child = subprocess.Popen(
-            [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
-            while awaited and child.poll() is None and "appeared" not in told:
-                if awaited.exists():
-                    told["appeared"] = time.time()
+            while child.poll() is None:
+                if awaited is not None and not started_work and awaited.exists():
+                    started_work = time.time()
                 time.sleep(0.02)
-            child.wait()
         finally:
-            if child.poll() is None:  # we were interrupted
-                child.terminate()
-                child.wait()
-    told["seconds"] = time.perf_counter() - start
+            child.terminate()  # after an interruption
+            child.wait()
+    seconds = time.perf_counter() - start
+    if child.returncode != 0:
+        raise UserError(f"exit code {child.returncode}, see {log}: {' '.join(words)}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    told["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    if child.returncode:
-        raise problems.UserError(f"failed, see {log}: {' '.join(map(str, command))}")
-    return told
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Process(seconds, cpu, started_work)
 
 
-def common_flags(args: argparse.Namespace, seed: int, max_tokens: int) -> dict[str, list]:
-    """The flags that must be the same on both sides, by stage."""
-    stage1 = ["--num-value-samples", args.num_value_samples, "--max-tokens", max_tokens]
-    stage1 += ["--beta1", 0.5, "--limit", args.limit]
-    stage2 = ["--batch-size", args.batch_size, "--num-steps", args.num_steps]
-    stage2 += ["--lr", args.lr, "--beta2", 1e-3, "--seed", seed]
-    return {"stage1": stage1, "stage2": stage2}
-
-
-def run_ours(args: argparse.Namespace, toy: Path, out: Path, seed: int, max_tokens: int) -> dict:
-    """Both stages as a user starts them."""
-    flags, values = common_flags(args, seed, max_tokens), out / "values.json"
-    command = [sys.executable, "offline_value.py", "--model", toy / "reference", "--dataset"]
-    command += [toy / "train.jsonl", *flags["stage1"], "--seed", seed, "--out", values]
-    stage1 = run(command, out / "stage1.log", out / "values.json.partial")
-    command = [sys.executable, "train_online.py", "--values", values, *flags["stage2"]]
-    command += ["--updates-per-batch", 1, "--save-every", args.num_steps, "--out", out / "run"]
-    stage2 = run(command, out / "stage2.log")
-    steps = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
-    header = problems.read_json(values)["header"]
-    parts = ("generate", "grade", "ref", "update", "sync")
-    return {
-        "whole": stage1["seconds"] + stage2["seconds"],
-        "stage1": values.stat().st_mtime - stage1["appeared"],
-        "steps": sum(step["seconds_total"] for step in steps),
-        "cpu_seconds": stage1["cpu_seconds"] + stage2["cpu_seconds"],
-        "load_before": [stage1["load_before"], stage2["load_before"]],
-        "stage1_header_seconds": header["seconds"],
-        "profile": {part: sum(step[f"seconds_{part}"] for step in steps) for part in parts},
-        "mean_v_star": header["mean_v_star"],
-        "model": str(out / "run/final"),
-    }
-
-
-def run_trl(
-    args: argparse.Namespace, toy: Path, out: Path, seed: int, max_tokens: int, tuned: list
-) -> dict:
-    """Both stages in TRL's one process."""
-    flags = common_flags(args, seed, max_tokens)
-    command = [args.trl_python, "-m", "experiments.trl_a2po", "--model", toy / "reference"]
-    command += ["--dataset", toy / "train.jsonl", *flags["stage1"], *flags["stage2"], "--sort"]
-    told = run([*command, *tuned, "--out", out], out / "log")
-    printed = [x for x in (out / "log").read_text().splitlines() if x.startswith("{")]
-    printed = json.loads(printed[-1])  # a warning may stand below it
-    return {
-        "whole": told["seconds"],
-        "stage1": printed["seconds_stage1"],
-        "steps": sum(printed["seconds_steps"]),
-        "cpu_seconds": told["cpu_seconds"],
-        "load_before": [told["load_before"]],
-        "profile_stage1": printed["stage1"],
-        "profile": printed["training"],
-        "mean_v_star": printed["mean_v_star"],
-        "model": str(out / "final"),
-    }
-
-
-def score(args: argparse.Namespace, model: str | Path, toy: Path, out: Path, tokens: int) -> dict:
-    """Accuracy of a model by our evaluator; `mean` and `stderr`."""
-    command = [sys.executable, "evaluate.py", "--model", model, "--benchmarks", toy / "test.jsonl"]
-    command += ["--num-samples", args.num_samples, "--temperature", 1.0, "--max-tokens", tokens]
-    command += ["--seed", args.seed, "--out", out]
+def accuracy(args: argparse.Namespace, model: Path, out: Path) -> float:
+    """Return the accuracy of a model by our evaluation, 8 samples per test problem."""
+    command = ["evaluate.py", "--model", model, "--out", out]
+    command += ["--benchmarks", args.toy / "test.jsonl", "--num-samples", 8]
+    command += ["--max-tokens", args.max_tokens]
     run(command, out.with_suffix(".log"))
-    [benchmark] = problems.read_json(out / "summary.json")["benchmarks"].values()
-    return {key: benchmark[key] for key in ("mean", "stderr", "truncated", "tokens")}
+    (benchmark,) = read_json(out / "summary.json")["benchmarks"].values()
+    return benchmark["mean"]
+
+
+def run_ours(args: argparse.Namespace, seed: int, out: Path) -> Times:
+    """Run both stages as a user starts them."""
+    values = out / "values.json"
+    command = ["offline_value.py", "--model", args.toy / "reference"]
+    command += ["--dataset", args.toy / "train.jsonl", "--beta1", BETA1, "--out", values]
+    command += ["--num-value-samples", args.num_value_samples, "--max-tokens", args.max_tokens]
+    command += ["--seed", seed]
+    first = run(command, out / "stage1.log", out / "values.json.partial")
+    command = ["train_online.py", "--values", values, "--out", out / "run"]
+    command += ["--updates-per-batch", 1, "--batch-size", args.batch_size, "--beta2", BETA2]
+    command += ["--num-steps", args.num_steps, "--save-every", args.num_steps, "--lr", args.lr]
+    command += ["--seed", seed, "--eval-dataset", "none"]
+    second = run(command, out / "stage2.log")
+    metrics = read_jsonl(out / "run" / "metrics.jsonl")
+    stage1 = values.stat().st_mtime - first.started_work
+    steps = sum(line["seconds_total"] for line in metrics)
+    return Times(
+        whole=first.seconds + second.seconds,
+        bare=stage1 + steps,
+        stage1=stage1,
+        steps=steps,
+        cpu=first.cpu + second.cpu,
+        accuracy=accuracy(args, out / "run" / "final", out / "score"),
+    )
+
+
+def run_trl(args: argparse.Namespace, seed: int, size: int, out: Path) -> Times:
+    """Run both stages in TRL's one process."""
+    command = ["-m", "experiments.versus_trl", "--trl-batch-size", size]
+    command += ["--toy", args.toy, "--out", out, "--batch-size", args.batch_size, "--seed", seed]
+    command += ["--num-steps", args.num_steps, "--lr", args.lr, "--max-tokens", args.max_tokens]
+    command += ["--num-value-samples", args.num_value_samples]
+    process = run(command, out / "trl.log", trl=args.trl)
+    times = read_json(out / "times.json")
+    return Times(
+        whole=process.seconds,
+        bare=times["stage1"] + times["steps"],
+        stage1=times["stage1"],
+        steps=times["steps"],
+        cpu=process.cpu,
+        accuracy=accuracy(args, out / "final", out / "score"),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # The comparison
 
 
-def tune(args: argparse.Namespace, toy: Path, out: Path, max_tokens: int) -> tuple[list, list]:
-    """Find TRL's fastest flags in short runs; the flags, and a row of (flags, seconds) for each.
-
-    A candidate's seconds are what it would need for all of stage 1 and of stage 2.
-    """
-    if args.trl_flags is not None:
-        return args.trl_flags.split(), []
-    tried, whole = [], len(problems.load_problems(str(toy / "train.jsonl"))[: args.limit or None])
-    short = argparse.Namespace(**vars(args) | {"limit": min(256, whole), "num_steps": 4})
-    for i, (attention, (first, second)) in enumerate(CHOICES):
-        if args.batch_size % second:
-            continue
-        flags = ["--attention", attention, "--stage1-batch-size", str(first)]
-        flags += ["--micro-batch-size", str(second)]
-        told = run_trl(short, toy, out / str(i), args.seed, max_tokens, flags)
-        seconds = told["stage1"] * whole / short.limit + told["steps"] * args.num_steps / 4
-        tried.append((flags, seconds))
-        print(f"  TRL would take {seconds:6.1f} s with {' '.join(flags)}", flush=True)
-    return min(tried, key=lambda row: row[1])[0], tried
+def compare(ours: list[Times], trl: list[Times]) -> dict[str, float]:
+    """Return ours / TRL's, of times summed over the rounds; below 1, ours is faster."""
+    ratios = {}
+    for name in ("whole", "bare", "stage1", "steps", "cpu"):
+        ratios[name] = sum(getattr(t, name) for t in ours) / sum(getattr(t, name) for t in trl)
+    return ratios
 
 
-def compare(args: argparse.Namespace, name: str) -> dict:
-    """All rounds on one toy; times, accuracies and their ratios."""
-    module, max_tokens = TOYS[name]
-    toy, out = args.folder / name, args.folder / f"{name}-runs"
-    shutil.rmtree(out, ignore_errors=True)
-    if not (toy / "reference").exists():
-        run([sys.executable, "-m", module, "--out", toy, "--seed", args.seed], toy / "toy.log")
-    print(f"{name}: the reference", flush=True)
-    result = {"reference": score(args, toy / "reference", toy, out / "reference", max_tokens)}
-    tuned, tried = tune(args, toy, out / "tune", max_tokens)
-    result |= {"trl_flags": tuned, "trl_flags_tried": tried, "ours": [], "trl": []}
-    for number in range(args.rounds):
-        seed = args.seed + number
-        for side in ("ours", "trl") if number % 2 == 0 else ("trl", "ours"):
-            folder = out / f"{side}-{number}"
-            job = (args, toy, folder, seed, max_tokens)
-            told = run_ours(*job) if side == "ours" else run_trl(*job, tuned)
-            told["bare"] = told["stage1"] + told["steps"]
-            told["accuracy"] = score(args, told["model"], toy, folder / "score", max_tokens)
-            result[side].append(told)
-            print(line(f"{name} {side} {number}", told), flush=True)
-    for key in ("whole", "bare", "stage1", "steps", "cpu_seconds"):
-        sums = [sum(told[key] for told in result[side]) for side in ("ours", "trl")]
-        result[f"ratio_{key}"] = sums[0] / sums[1]
-    return result
-
-
-# ---------------------------------------------------------------------------------------------
-# The report
-
-COLUMNS = ("whole", "bare", "stage1", "steps", "cpu_seconds")
-
-
-def line(label: str, told: dict) -> str:
-    """One run, or the head of the table if there is none."""
-    if not told:
-        return f"{label:<20}" + "".join(f"{x:>12}" for x in (*COLUMNS, "accuracy", "load"))
-    accuracy = f"{told['accuracy']['mean']:.1%} ± {told['accuracy']['stderr']:.1%}"
-    seconds = "".join(f"{told[key]:12.1f}" for key in COLUMNS)
-    return f"{label:<20}{seconds}  {accuracy}  {max(told['load_before']):.1f}"
-
-
-def profile(told: dict, name: str) -> str:
-    """Where one run's steps went, in seconds."""
-    parts = {key: x for key, x in told["profile"].items() if not key.startswith("tokens")}
-    parts["rest"] = told["steps"] - sum(parts.values())
-    return f"{name} steps: " + ", ".join(f"{key} {x:.1f}" for key, x in parts.items())
-
-
-def text(results: dict) -> str:
-    """The report for a person."""
-    lines = [results["command"], results["machine"], "", line("seconds", {})]
-    for name, toy in results["toys"].items():
-        for side in ("ours", "trl"):
-            lines += [line(f"{name} {side} {i}", told) for i, told in enumerate(toy[side])]
-        ratios = "".join(f"{toy[f'ratio_{key}']:12.2f}" for key in COLUMNS)
-        before, used = toy["reference"], toy["trl"][0]
-        useful = [
-            used[key]["tokens_real"] / used[key]["tokens_decoded"]
-            for key in ("profile_stage1", "profile")
-        ]
-        lines += [f"{name + ' ours/TRL':<20}{ratios}", profile(toy["ours"][0], "  ours'")]
-        lines += [profile(used, "  TRL's"), f"  TRL: {' '.join(toy['trl_flags'])}; of the tokens it"
-                  f" decoded {useful[0]:.0%} were real in stage 1, {useful[1]:.0%} in stage 2",
-                  f"  reference {before['mean']:.1%} ± {before['stderr']:.1%}, "
-                  f"{before['tokens']:.0f} tokens a response", ""]  # fmt: skip
-    return "\n".join(lines)
+def format_times(label: str, times: Times) -> str:
+    """Write one run as a line of the table."""
+    seconds = "".join(f"{value:10.1f}" for value in times[:-1])
+    return f"{label:16}{seconds}{times.accuracy:10.1%}"
 
 
 def main() -> None:
-    """Compare on each toy and write the results."""
+    """Run the rounds, print the table, keep the numbers."""
     args = parse_args()
-    names = args.toys.split(",")
-    if unknown := set(names) - set(TOYS):
-        raise problems.UserError(f"--toys {', '.join(unknown)}: there are {', '.join(TOYS)}")
-    asked = "import torch, transformers, trl; print(torch.__version__, transformers.__version__,"
-    asked += " trl.__version__)"
-    try:
-        versions = subprocess.check_output([args.trl_python, "-c", asked], text=True).split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise problems.UserError(f"--trl-python {args.trl_python}: {error}") from error
-    results = {
-        "command": "python -m experiments.versus_trl " + " ".join(sys.argv[1:]),
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; TRL's: "
-        "torch {}, transformers {}, trl {}".format(*versions),
-        "settings": {key: str(value) for key, value in vars(args).items()},
-        "toys": {},
+    if args.trl_batch_size is not None:
+        train_with_trl(args)
+        return
+    if not (args.trl / "trl").exists():
+        raise UserError(
+            f"{args.trl} has no trl; the first lines of this file say how to install it"
+        )
+    sizes = [int(size) for size in args.trl_batch_sizes.split(",")]
+    head = "".join(f"{name:>10}" for name in Times._fields)
+    lines = [f"$ {' '.join(['python -m experiments.versus_trl', *sys.argv[1:]])}"]
+    lines += [f"{os.cpu_count()} cores, {platform.machine()}, seconds", f"{'':16}{head}"]
+    ours = []
+    fastest = []
+    for number in range(args.rounds):
+        seed = args.seed + number
+        ours.append(run_ours(args, seed, args.out / f"ours-{number}"))
+        lines.append(format_times(f"ours {number}", ours[-1]))
+        candidates = []
+        for size in sizes:
+            times = run_trl(args, seed, size, args.out / f"trl-{number}-{size}")
+            candidates.append(times)
+            lines.append(format_times(f"TRL {number}, {size}", times))
+        fastest.append(min(candidates, key=lambda times: times.bare))
+    ratios = compare(ours, fastest)
+    cells = "".join(f"{value:10.2f}" for value in ratios.values())
+    lines.append(f"{'ours / TRL':16}{cells}")
+    print("\n".join(lines))
+    data = {
+        "command": lines[0],
+        "ratios": ratios,
+        "ours": [times._asdict() for times in ours],
+        "trl": [times._asdict() for times in fastest],
     }
-    for name in names:
-        toy = results["toys"][name] = compare(args, name)
-        results[f"trl_ratio_{name}"] = toy["ratio_bare"]
-        results[f"trl_ratio_{name}_whole"] = toy["ratio_whole"]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        problems.write_whole(args.out, json.dumps(results, indent=1) + "\n")
-        problems.write_whole(args.out.with_suffix(".txt"), text(results) + "\n")
-    print(text(results))
+    write_text(args.results / "versus-trl.txt", "\n".join(lines) + "\n")
+    write_json(args.results / "versus-trl.json", data)
 
 
 if __name__ == "__main__":
-    problems.run(main)
+    command_line.run(main)

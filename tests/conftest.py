@@ -294,34 +294,88 @@ def stage1(
     return result
 
 
-# `\\boxed{1}` has nine tokens, one for each byte. So the box is whole, but no EOS follows.
-CUT_SHORT = ("--max-tokens", "9")
-
-
-@pytest.fixture(scope="session")
-def cut_short(
-    run: Callable, model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Run stage 1 with no room for an EOS."""
-    file = tmp_path_factory.mktemp("cut") / "values.json"
-    arguments = stage1_arguments(model, dataset)
-    result = run("offline_value.py", *arguments, *CUT_SHORT, "--out", file)
-    assert result.code == 0, result.all
-    return file
-
-
 # Five sequences never divide evenly, and 200 tokens hold two: ranks and micro-batches are unequal.
 # A learning rate of 1e-4 moves the model of the tests visibly at each step.
 RAGGED = """--batch-size 5 --updates-per-batch 1 --num-steps 2 --micro-batch-tokens 200 --lr 1e-4
 --beta2 0.1 --save-every 1"""
+# Two updates a step, two responses per prompt, and an evaluation now and then.
+LONG = """--batch-size 6 --updates-per-batch 2 --samples-per-prompt 2 --lr 1e-4 --beta2 0.1
+--beta1 1 --eval-every 3"""
 
 
 @pytest.fixture(scope="session")
-def one_rank(
-    run: Callable, stage1: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Run two steps of stage 2 on one rank; return the run's folder."""
-    out = tmp_path_factory.mktemp("stage2") / "new" / "run"
-    result = run("train_online.py", "--values", stage1.file, "--out", out, *RAGGED.split())
-    assert result.code == 0, result.all
-    return out
+def stage2_runs(
+    run: Callable, stage1: SimpleNamespace, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Run stage 2 twice: two steps in unequal micro-batches, and eight steps at temperature 0.5."""
+    folder = tmp_path_factory.mktemp("stage2") / "new"
+    cool = folder.with_name("cool.json")
+    edit_values(stage1.file, cool, lambda values: values["header"].update(temperature=0.5))
+
+    def ragged() -> SimpleNamespace:
+        arguments = ("--values", stage1.file, *RAGGED.split())
+        result = run("train_online.py", *arguments, "--out", folder / "ragged")
+        result.folder = folder / "ragged"
+        result.arguments = arguments
+        return result
+
+    def straight() -> SimpleNamespace:
+        arguments = ("--values", cool, "--eval-dataset", dataset, *LONG.split())
+        last = ("--num-steps", "8", "--save-every", "3", "--out", folder / "straight")
+        result = run("train_online.py", *arguments, *last)
+        result.folder = folder / "straight"
+        result.arguments = arguments
+        result.values = json.loads(cool.read_text())
+        return result
+
+    results = at_once(ragged, straight)
+    for result in results:
+        assert result.code == 0, result.all
+    return tuple(results)
+
+
+@pytest.fixture(scope="session")
+def one_rank(stage2_runs: tuple) -> Path:
+    """Return the folder of the first run of stage 2."""
+    return stage2_runs[0].folder
+
+
+FORK = Path(__file__).parent / "fork" / "parity.py"
+SHORT = "--batch-size 4 --num-steps 2 --lr 1e-4 --log-samples 3 --tracker trackio"
+
+
+@pytest.fixture(scope="session")
+def fork(run: Callable, model: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Run a fork's stages 1 and 2: a task that is not mathematics, two steps of four prompts.
+
+    `.fails` is stage 1 again, with a reward that raises on one of the rows.
+    """
+    folder = tmp_path_factory.mktemp("fork")
+    rows = [{"ask": f"Digit {i}", "rule": {"parity": i % 2}, "id": f"r{i}"} for i in range(8)]
+    write_lines(folder / "parity-train.jsonl", rows)
+    write_lines(folder / "parity-dev.jsonl", rows[:4])
+    fork = SimpleNamespace(rows=rows, values=folder / "values.json", run=folder / "run")
+    fork.env = {"FORK_DATA": str(folder)}
+    fork.results = folder / "results"
+    fork.tracker_calls = folder / "calls.jsonl"
+
+    def stage1(out: Path, **env: str) -> SimpleNamespace:
+        flags = ("--model", model, "--num-value-samples", "4", *SAMPLING, "--out", out)
+        return run(FORK, "offline_value.py", "--dataset", "parity", *flags, env=fork.env | env)
+
+    fork.stage1, fork.fails = at_once(
+        lambda: stage1(fork.values), lambda: stage1(folder / "failing.json", FORK_FAILS="r5")
+    )
+    assert fork.stage1.code == 0, fork.stage1.all
+    # Python finds the tracker in the folder of the script.
+    env = fork.env | {"TRACKIO_CALLS": str(fork.tracker_calls)}
+    stage2 = ("train", "--values", fork.values, "--out", fork.run, *SHORT.split())
+    fork.stage2 = run(FORK, *stage2, env=env)
+    assert fork.stage2.code == 0, fork.stage2.all
+    return fork
+
+
+@pytest.fixture(scope="session")
+def straight(stage2_runs: tuple) -> SimpleNamespace:
+    """Return the second run of stage 2."""
+    return stage2_runs[1]

@@ -1,6 +1,6 @@
-"""The baselines against hand calculation, TRL's outputs, brute force and other splits.
+"""The baselines against brute force, TRL's outputs, other splits, and the command; and compare.py.
 
-tests/trl_losses.json has what TRL's own code made of a few numbers, and the command for it.
+tests/trl_losses.json has the outputs of TRL's own code for a few numbers, and the command for it.
 """
 
 import argparse
@@ -8,18 +8,25 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import read_metrics, torchrun
 
 import losses
-import problems
 import train_online
-from experiments import ablate, baselines, compare
-from problems import UserError
+from apo import files
+from apo.engine import Response
+from apo.files import UserError
+from apo.policy import MicroBatch, add_ref_logp, load_policy
+from apo.problems import Prompt
+from experiments import baselines, compare
+from train_online import Algorithm
 
 FLOAT64 = torch.float64
 TRL = json.loads(Path(__file__).with_name("trl_losses.json").read_text())
@@ -40,9 +47,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor, error: float = 1e-12) ->
     torch.testing.assert_close(actual, expected, rtol=error, atol=error)
 
 
-def vectors(seed: int, count: int, size: int) -> list[torch.Tensor]:
+def vectors(seed: int, count: int, size: int, scale: float = 1.0) -> list[torch.Tensor]:
     chance = torch.Generator().manual_seed(seed)
-    return list(torch.randn(count, size, generator=chance, dtype=FLOAT64))
+    return list(scale * torch.randn(count, size, generator=chance, dtype=FLOAT64))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,9 +58,10 @@ def vectors(seed: int, count: int, size: int) -> list[torch.Tensor]:
 
 def test_group_advantages_by_hand():
     rows = [[1.0, 0, 0, 1, 0, 0, 0, 0], [0.5, 2.0, -1.0, 3.0, 1.0, 1.0, 0.0, 0.25]]
-    told = baselines.group_advantages(torch.tensor(rows, dtype=FLOAT64))
-    for ours, row in zip(told.tolist(), rows, strict=True):
-        mean, std = statistics.mean(row), statistics.stdev(row)
+    advantages = baselines.group_advantages(torch.tensor(rows, dtype=FLOAT64))
+    for ours, row in zip(advantages.tolist(), rows, strict=True):
+        mean = statistics.mean(row)
+        std = statistics.stdev(row)
         assert ours == pytest.approx([(r - mean) / (std + 1e-4) for r in row])
     assert baselines.group_advantages(torch.ones(3, 8)).tolist() == [[0.0] * 8] * 3
     with pytest.raises(ValueError, match=r"\(4, 1\)"):
@@ -65,72 +73,89 @@ def test_group_advantages_are_trls():
     close(baselines.group_advantages(groups["rewards"]), groups["advantages"], 1e-6)
 
 
-def test_grpo_loss_by_hand():
-    """Two tokens inside the clip and two outside, on the side where it acts and where it does not.
+def clipped_by_hand(ratio: float, advantage: float) -> float:
+    """Return the loss of one token, by cases: the clip acts only on what goes too far."""
+    if advantage > 0 and ratio > 1.2:
+        return -1.2 * advantage
+    if advantage < 0 and ratio < 0.8:
+        return -0.8 * advantage
+    return -ratio * advantage
 
-    Clipping only what A > 0 pushes too far up: w = 1.5 with A > 0 counts as 1.2, w = 0.5 as 0.5.
-    """
-    ratio, advantage = [1.1, 1.5, 0.5, 1.5], [2.0, 2.0, 2.0, -2.0]
-    surrogate = [1.1 * 2, 1.2 * 2, 0.5 * 2, 1.5 * -2]
-    logp, ref_logp = [-1.0, -0.5, -2.0, -0.1], [-1.2, -0.5, -1.0, -0.3]
-    old = [x - math.log(w) for x, w in zip(logp, ratio, strict=True)]
-    k3 = [math.exp(b - a) - (b - a) - 1 for a, b in zip(logp, ref_logp, strict=True)]
-    tensors = (torch.tensor(x, dtype=FLOAT64) for x in (logp, old, ref_logp, advantage))
-    expected = -sum(surrogate) / 4 + 0.04 * sum(k3) / 4
-    assert baselines.grpo_loss(*tensors).item() == pytest.approx(expected, rel=1e-12)
+
+def test_ppo_and_grpo_losses_token_by_token():
+    """40 tokens; in each of the four cases, clipped or not and good or bad, there are some."""
+    logp, old_logp, ref_logp = vectors(0, 3, 40, scale=0.3)
+    [advantages] = vectors(1, 1, 40)
+    ppo = baselines.ppo_loss(logp, old_logp, advantages)
+    grpo = baselines.grpo_loss(logp, old_logp, ref_logp, advantages)
+    cases = set()
+    for i in range(40):
+        ratio = math.exp(logp[i] - old_logp[i])
+        surrogate = clipped_by_hand(ratio, advantages[i].item())
+        gap = (ref_logp[i] - logp[i]).item()
+        assert ppo[i].item() == pytest.approx(surrogate, rel=1e-12)
+        expected = surrogate + 0.04 * (math.exp(gap) - gap - 1)
+        assert grpo[i].item() == pytest.approx(expected, rel=1e-12)
+        cases.add((abs(ratio - 1) > 0.2, ratio > 1, advantages[i].item() > 0))
+    assert len(cases) == 8
 
 
 def test_grpo_loss_is_trls_dapo():
-    """Value and gradient; TRL's default is the mean over tokens, not responses."""
+    """Value and gradient. TRL's default is the mean over tokens, not over responses."""
     assert TRL["grpo"]["loss_type"] == "dapo"
     logp = given("logp").requires_grad_()
     advantages = torch.tensor(TRL["given"]["advantages"], dtype=FLOAT64)
     of_tokens = advantages.repeat_interleave(LENGTHS)
-    loss = baselines.grpo_loss(logp, given("old_logp"), given("ref_logp"), of_tokens)
+    loss = baselines.grpo_loss(logp, given("old_logp"), given("ref_logp"), of_tokens).mean()
     loss.backward()
     assert loss.item() == pytest.approx(TRL["grpo"]["loss"], rel=1e-12)
     close(logp.grad, packed(TRL["grpo"]["grad"]))
-    ratio = (given("logp") - given("old_logp")).exp()
-    assert ((ratio - 1).abs() > 0.2).any() and ((ratio - 1).abs() < 0.2).any()
 
 
 def test_ppo_losses_are_trls():
-    told = TRL["ppo"]
-    logp, values = given("logp").requires_grad_(), given("values").requires_grad_()
-    policy = baselines.ppo_loss(logp, given("old_logp"), packed(told["whitened"]))
-    value = baselines.value_loss(values, given("old_values"), packed(told["returns"]))
+    expected = TRL["ppo"]
+    logp = given("logp").requires_grad_()
+    values = given("values").requires_grad_()
+    policy = baselines.ppo_loss(logp, given("old_logp"), packed(expected["whitened"])).mean()
+    value = baselines.value_loss(values, given("old_values"), packed(expected["returns"])).mean()
     (policy + value).backward()
-    assert policy.item() == pytest.approx(told["policy_loss"], rel=1e-12)
-    assert value.item() == pytest.approx(told["value_loss"], rel=1e-12)
-    close(logp.grad, packed(told["policy_grad"]))
-    close(values.grad, packed(told["value_grad"]))
+    assert policy.item() == pytest.approx(expected["policy_loss"], rel=1e-12)
+    assert value.item() == pytest.approx(expected["value_loss"], rel=1e-12)
+    close(logp.grad, packed(expected["policy_grad"]))
+    close(values.grad, packed(expected["value_grad"]))
 
 
-def test_value_loss_by_hand():
-    """From 1 to 1.5 and to 1.1 with a return of 2: the clip at 1.2 leaves the larger error."""
-    values, old, returns = (torch.tensor(x) for x in ([1.5, 1.1], [1.0, 1.0], [2.0, 2.0]))
-    expected = 0.5 * (0.8**2 + 0.9**2) / 2
-    assert baselines.value_loss(values, old, returns).item() == pytest.approx(expected)
+def test_value_loss_token_by_token():
+    values, old_values, returns = vectors(2, 3, 40, scale=0.5)
+    actual = baselines.value_loss(values, old_values, returns)
+    for i in range(40):
+        clipped = min(max(values[i], old_values[i] - 0.2), old_values[i] + 0.2)
+        worse = max((values[i] - returns[i]) ** 2, (clipped - returns[i]) ** 2)
+        assert actual[i].item() == pytest.approx(worse.item() / 2, rel=1e-12)
 
 
-def test_rebel_loss_by_hand():
-    logratio = torch.tensor([[0.5, -0.25], [0.0, 1.0]])
-    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+def test_rebel_loss_pair_by_pair():
+    logratio = vectors(3, 6, 2)
+    rewards = vectors(4, 6, 2)
     for eta in (1.0, 0.5):
-        expected = ((0.75 / eta - 1) ** 2 + (-1 / eta) ** 2) / 2
-        assert baselines.rebel_loss(logratio, rewards, eta).item() == pytest.approx(expected)
+        actual = baselines.rebel_loss(torch.stack(logratio), torch.stack(rewards), eta)
+        for i in range(6):
+            (l1, l2), (r1, r2) = logratio[i].tolist(), rewards[i].tolist()
+            assert actual[i].item() == pytest.approx(((l1 - l2) / eta - (r1 - r2)) ** 2)
     with pytest.raises(ValueError, match=r"\(4,\)"):
-        baselines.rebel_loss(logratio.flatten(), rewards.flatten())
+        baselines.rebel_loss(torch.zeros(4), torch.zeros(4))
 
 
 def test_losses_refuse_what_would_broadcast():
     row = torch.zeros(3)
-    for call in (lambda: baselines.ppo_loss(row, row, torch.zeros(1)),
-                 lambda: baselines.value_loss(row, torch.zeros(1, 3), row),
-                 lambda: baselines.grpo_loss(row, row, row, torch.zeros(3, 1)),
-                 lambda: baselines.gae(row, row, torch.tensor([1, 1]))):  # fmt: skip
-        with pytest.raises(ValueError):
-            call()
+    with pytest.raises(ValueError):
+        baselines.ppo_loss(row, row, torch.zeros(1))
+    with pytest.raises(ValueError):
+        baselines.value_loss(row, torch.zeros(1, 3), row)
+    with pytest.raises(ValueError):
+        baselines.grpo_loss(row, row, row, torch.zeros(3, 1))
+    with pytest.raises(ValueError):
+        baselines.gae(row, row, torch.tensor([1, 1]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,17 +164,16 @@ def test_losses_refuse_what_would_broadcast():
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
 def test_gae_is_its_double_sum(gamma, lam):
-    """Eq. (16) term by term; a value that leaks in from the next response shows at once."""
+    """Eq. (16) term by term. A value that leaks in from the next response shows at once."""
     rewards, values = vectors(0, 2, int(LENGTHS.sum()))
     advantages, returns = baselines.gae(rewards, values, LENGTHS, gamma, lam)
     expected = []
     for r, v in zip(rewards.split(LENGTHS.tolist()), values.split(LENGTHS.tolist()), strict=True):
-        ahead = [*v.tolist()[1:], 0.0]
-        delta = [r[t].item() + gamma * ahead[t] - v[t].item() for t in range(len(r))]
-        expected += [
-            sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(r)))
-            for t in range(len(r))
-        ]
+        next_values = [*v.tolist()[1:], 0.0]
+        deltas = [r[t].item() + gamma * next_values[t] - v[t].item() for t in range(len(r))]
+        for t in range(len(r)):
+            terms = [(gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(r))]
+            expected.append(sum(terms))
     expected = torch.tensor(expected, dtype=FLOAT64)
     close(advantages, expected)
     close(returns, expected + values)
@@ -157,21 +181,24 @@ def test_gae_is_its_double_sum(gamma, lam):
 
 def test_gae_is_trls(group):
     """Rewards with the KL in them, returns, and the advantages once whitened."""
-    told, old_values = TRL["ppo"], given("old_values")
-    right = torch.tensor(TRL["given"]["rewards"], dtype=FLOAT64)
-    rewards = baselines.token_rewards(right, given("old_logp"), given("ref_logp"), LENGTHS)
-    close(rewards, packed(told["rewards"]))
-    advantages, returns = baselines.gae(rewards, old_values, LENGTHS)
-    close(returns, packed(told["returns"]))
-    parts = advantages.split([4, 7, 3])
-    batches = [SimpleNamespace(advantages=part, share=0.3) for part in parts]
+    expected = TRL["ppo"]
+    reward = torch.tensor(TRL["given"]["rewards"], dtype=FLOAT64)
+    rewards = baselines.token_rewards(reward, given("old_logp"), given("ref_logp"), LENGTHS)
+    close(rewards, packed(expected["rewards"]))
+    advantages, returns = baselines.gae(rewards, given("old_values"), LENGTHS)
+    close(returns, packed(expected["returns"]))
+    batches = []
+    for part in advantages.split([4, 7, 3]):
+        batches.append(SimpleNamespace(extra={"advantages": part}, weight=1.0))
+    # A copy that keeps a rank in step does not count.
+    batches.append(SimpleNamespace(extra={"advantages": advantages[:2] + 9}, weight=0.0))
     baselines.whiten(batches)
-    close(torch.cat([batch.advantages for batch in batches]).double(),
-          packed(told["whitened"]), 1e-6)  # fmt: skip
+    whitened = torch.cat([batch.extra["advantages"] for batch in batches[:3]])
+    close(whitened.double(), packed(expected["whitened"]), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------
-# The steps, on a model of two layers
+# A step's updates, on a model of two layers
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +221,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def rollout(samples_per_prompt: int) -> list[dict]:
+def rollout(samples_per_prompt: int) -> list[Response]:
     """Eight prompts with responses of 1 to 9 tokens; every fifth is right."""
     chance = torch.Generator().manual_seed(1)
 
@@ -202,58 +229,131 @@ def rollout(samples_per_prompt: int) -> list[dict]:
         count = int(torch.randint(1, longest, (1,), generator=chance))
         return torch.randint(20, (count,), generator=chance).tolist()
 
-    prompts = [{"prompt_ids": tokens(6), "v_star": 0.25} for _ in range(8)]
-    asked = [p for p in prompts for _ in range(samples_per_prompt)]
-    responses = [p | {"ids": tokens(10), "reward": float(i % 5 == 0)} for i, p in enumerate(asked)]
-    return [r | {"sampler_logp": [-3.0] * len(r["ids"])} for r in responses]
+    prompts = [Prompt({"id": str(i)}, "", tokens(6)) for i in range(8)]
+    responses = []
+    for prompt in prompts:
+        for sample in range(samples_per_prompt):
+            index = len(responses)
+            ids = tokens(10)
+            response = Response(index, prompt, sample, ids, "", True, [-3.0] * len(ids))
+            response.reward = float(index % 5 == 0)
+            response.numbers["v_star"] = 0.25
+            responses.append(response)
+    return responses
 
 
-def step(folder: Path, method: str, budget: int, updates: int = 2, lr: float = 0.1):
-    """One rollout's updates by SGD; what the step told, and what it moved (float64 vectors)."""
-    learn, samples = baselines.METHODS[method]
-    args = argparse.Namespace(model=str(folder), lr=1e-3, samples_per_prompt=samples, beta2=0.1)
-    vars(args).update(updates_per_batch=updates, micro_batch_tokens=budget, temperature=1.0)
+def make(method: str, folder: Path) -> tuple[Algorithm, int]:
+    """Make an algorithm, and say how many responses it has per prompt."""
+    samples = baselines.METHODS[method].samples_per_prompt
+    args = argparse.Namespace(lr=1e-3, samples_per_prompt=samples, beta2=0.1)
     args.gradient_checkpointing = False
-    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-    policy, ref = (train_online.load_policy(folder, mesh, torch.float32) for _ in "ab")
-    optimizer = torch.optim.SGD(policy.parameters(), lr)
-    baselines.CRITIC.clear()
-    if method == "ppo":  # with AdamW, whose division makes rounding visible, nothing could be told
-        baselines.make_critic(policy, args)
-        critic = baselines.CRITIC["model"]
-        baselines.CRITIC["optimizer"] = torch.optim.SGD(critic.parameters(), lr)
-    laps = []
-    told = learn(policy, ref.requires_grad_(False), optimizer, rollout(samples), args,
-                 lambda: laps.append(1))  # fmt: skip
-    assert len(laps) == 1  # the log's columns count on it
-    models = [policy, baselines.CRITIC["model"]] if method == "ppo" else [policy]
-    weights = [p.full_tensor().detach().double().flatten() for m in models for p in m.parameters()]
-    return torch.tensor(told, dtype=FLOAT64), torch.cat(weights)
+    data = SimpleNamespace(values=SimpleNamespace(header={"model": str(folder)}))
+    return baselines.METHODS[method].make(args, data), samples
 
 
-def moved(folder: Path, method: str, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
-    told, after = step(folder, method, budget)
-    _, before = step(folder, method, budget, lr=0.0)
-    return told, after - before
+class Step:
+    """What a rollout and its updates by SGD need, in the order of train_online.train."""
+
+    def __init__(self, folder: Path, algorithm: Algorithm, responses: list[Response]) -> None:
+        self.algorithm = algorithm
+        self.responses = responses
+        mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        self.policy = load_policy(folder, mesh, torch.float32)
+        self.ref = load_policy(folder, mesh, torch.float32).requires_grad_(False)
+        if algorithm.credit is not None:
+            algorithm.credit(responses)
+
+    def split(self, budget: int, num_updates: int) -> list[list[MicroBatch]]:
+        args = argparse.Namespace(updates_per_batch=num_updates, micro_batch_tokens=budget)
+        group_size = self.algorithm.group_size
+        updates = train_online.split_into_updates(self.responses, args, 1.0, group_size)
+        add_ref_logp(self.ref, updates)
+        return updates
+
+    def update(self, updates: list[list[MicroBatch]], lr: float = 0.1) -> dict[str, float]:
+        optimizer = torch.optim.SGD(self.policy.parameters(), lr)
+        if self.algorithm.prepare is not None:
+            self.algorithm.prepare(self.policy, updates)
+        return train_online.update(self.policy, optimizer, updates, self.algorithm.loss)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.full_tensor().detach().double().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def critics(monkeypatch) -> list[baselines.Critic]:
+    """The critics that PPO makes. SGD trains them: AdamW's division would show rounding."""
+    made = []
+    load_critic = baselines.load_critic
+
+    def load(*arguments) -> baselines.Critic:
+        made.append(load_critic(*arguments))
+        return made[-1]
+
+    def sgd(parameters, lr, fused) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, 0.1)
+
+    monkeypatch.setattr(baselines, "load_critic", load)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    return made
+
+
+def after_step(
+    folder: Path, method: str, budget: int, critics: list
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Return a step's metrics, and by how much it moved the weights, the critic's too."""
+    algorithm, samples = make(method, folder)
+    step = Step(folder, algorithm, rollout(samples))
+    before = weights(step.policy)
+    metrics = step.update(step.split(budget, 2))
+    moved = weights(step.policy) - before
+    if method == "ppo":
+        # The critic's body starts as the reference and its head at 0.
+        body_and_head = torch.cat([before, torch.zeros(33)])
+        moved = torch.cat([moved, weights(critics[-1]) - body_and_head])
+    return metrics, moved
 
 
 @pytest.mark.parametrize("method", ["grpo", "rebel", "ppo"])
-def test_the_split_into_micro_batches_changes_nothing(method, group, folder):
+def test_the_split_into_micro_batches_changes_nothing(method, group, folder, critics):
     """A mean per micro-batch in place of the global one is off by tens of per cent here.
 
-    25 tokens hold two responses or three, and some pairs not even that: they still stay together.
+    25 tokens hold two or three responses, and not even that for some pairs: these stay together.
     """
-    whole, split = moved(folder, method, 10_000), moved(folder, method, 25)
-    assert whole[1].norm() > 1e-3
-    close(split[0], whole[0], 1e-4)
-    assert (split[1] - whole[1]).norm() < 1e-4 * whole[1].norm()
-    assert whole[0][1] == 0 and whole[0][2] == 0  # pi is still pi_ref in the first update
+    metrics_of_one, moved_by_one = after_step(folder, method, 10_000, critics)
+    metrics_of_many, moved_by_many = after_step(folder, method, 25, critics)
+    assert metrics_of_many == pytest.approx(metrics_of_one, rel=1e-4, abs=1e-6)
+    assert moved_by_one.norm() > 1e-3
+    assert (moved_by_many - moved_by_one).norm() < 1e-4 * moved_by_one.norm()
+    assert metrics_of_one["logratio"] == 0  # pi is still pi_ref in the first update
+
+
+def test_the_loss_is_the_mean_over_all_tokens(group, folder):
+    """GRPO's first update, in which w is 1 and k3 is 0: the loss is -sum |y| A / sum |y|."""
+    algorithm, samples = make("grpo", folder)
+    step = Step(folder, algorithm, rollout(samples))
+    metrics = step.update(step.split(budget=25, num_updates=1))
+    total = 0.0
+    num_tokens = 0
+    for start in range(0, 64, 8):
+        chosen = step.responses[start : start + 8]
+        rewards = [response.reward for response in chosen]
+        for response in chosen:
+            centred = response.reward - statistics.mean(rewards)
+            advantage = centred / (statistics.stdev(rewards) + 1e-4)
+            total -= len(response.ids) * advantage
+            num_tokens += len(response.ids)
+    assert abs(total / num_tokens) > 1e-3
+    assert metrics["loss"] == pytest.approx(total / num_tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["grpo", "rebel", "ppo"])
 def test_both_updates_look_back_at_the_policy_that_sampled(method, group, folder, monkeypatch):
     """The second update's ratio is to pi_t, not to itself: else nothing is ever clipped."""
-    seen, ppo_loss, rebel_loss = [], baselines.ppo_loss, baselines.rebel_loss
+    seen = []
+    ppo_loss = baselines.ppo_loss
+    rebel_loss = baselines.rebel_loss
 
     def clipped(logp, old_logp, *more):
         seen.append((logp - old_logp).abs().max().item())
@@ -265,30 +365,21 @@ def test_both_updates_look_back_at_the_policy_that_sampled(method, group, folder
 
     monkeypatch.setattr(baselines, "ppo_loss", clipped)
     monkeypatch.setattr(baselines, "rebel_loss", paired)
-    step(folder, method, 10_000)
+    algorithm, samples = make(method, folder)
+    step = Step(folder, algorithm, rollout(samples))
+    step.update(step.split(10_000, 2))
     assert len(seen) == 2 and seen[0] < 1e-5 and seen[1] > 1e-2
 
 
-def test_rebels_pairs_stay_together(group):
-    responses = rollout(2)
-    args = argparse.Namespace(updates_per_batch=2, micro_batch_tokens=25, temperature=1.0)
-    seen, where = [], {tuple(r["ids"]): i for i, r in enumerate(responses)}
-    assert len(where) == len(responses)
-    for update in baselines.pair_updates(responses, args):
-        assert sum(batch.share for batch in update) == pytest.approx(1)
-        for batch in update:
-            parts = batch.inputs["targets"].split(batch.lengths.tolist())
-            numbers = [where[tuple(part.tolist())] for part in parts]
-            assert batch.rewards.tolist() == [responses[i]["reward"] for i in numbers]
-            seen += zip(numbers[::2], numbers[1::2], strict=True)
-    assert sorted(seen) == [(i, i + 1) for i in range(0, len(responses), 2)]
+# ---------------------------------------------------------------------------------------------
+# REBEL, PPO and `running`
 
 
-def test_rebels_step_is_the_pair_gradient(group, folder):
-    """At pi = pi_t: -2 mean (r_1 - r_2) (grad ln pi(y_1) - grad ln pi(y_2)) / eta, by hand.
+def test_rebels_gradient_is_that_of_pairs(group, folder):
+    """At pi = pi_t: -2 mean (r_1 - r_2) (grad ln pi(y_1) - grad ln pi(y_2)), by hand.
 
-    With an ordinary model that sees one response at a time; wrong pairs, a pi_t that carries
-    gradients or a reward of another response change it.
+    With an ordinary model that sees one response at a time, and the pairs in many micro-batches.
+    Wrong pairs, a pi_t that carries gradients or the reward of another response would change it.
     """
     from transformers import Qwen2ForCausalLM
 
@@ -296,56 +387,115 @@ def test_rebels_step_is_the_pair_gradient(group, folder):
     total = 0.0
     responses = rollout(2)
     for one, two in zip(responses[::2], responses[1::2], strict=True):
-        for sign, r in ((1, one), (-1, two)):
-            ids = torch.tensor([r["prompt_ids"] + r["ids"]])
+        for sign, response in ((1, one), (-1, two)):
+            ids = torch.tensor([response.prompt.ids + response.ids])
             logp = lm(input_ids=ids).logits[0].log_softmax(-1)
-            n = len(r["ids"])
-            chosen = logp[-n - 1 : -1].gather(1, torch.tensor(r["ids"])[:, None]).sum()
-            total = total - 2 * sign * (one["reward"] - two["reward"]) * chosen / 8
+            targets = torch.tensor(response.ids)[:, None]
+            chosen = logp[-len(targets) - 1 : -1].gather(1, targets).sum()
+            total = total - 2 * sign * (one.reward - two.reward) * chosen / 8
     total.backward()
-    grads = torch.cat([p.grad.double().flatten() for p in lm.parameters()])
-    told, after = step(folder, "rebel", 10_000, updates=1, lr=0.1)
-    _, before = step(folder, "rebel", 10_000, updates=1, lr=0.0)
-    clip = min(1.0, 1 / (grads.norm().item() + 1e-6))
-    expected = -0.1 * clip * grads
-    assert told[3].item() == pytest.approx(grads.norm().item(), rel=1e-4)
-    assert (after - before - expected).norm() < 1e-4 * expected.norm()
+    gradient = torch.cat([p.grad.double().flatten() for p in lm.parameters()])
+    expected = -0.1 * min(1.0, 1 / (gradient.norm().item() + 1e-6)) * gradient
+
+    algorithm, _ = make("rebel", folder)
+    step = Step(folder, algorithm, responses)
+    before = weights(step.policy)
+    metrics = step.update(step.split(budget=25, num_updates=1))
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    moved = weights(step.policy) - before
+    assert (moved - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_rebels_reward_holds_the_kl_term(group, folder, monkeypatch):
-    """r - 0.05 ln(pi_t / pi_ref) of the whole response, as its authors' code has it."""
-    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-    policy, ref = (train_online.load_policy(folder, mesh, torch.float32) for _ in "ab")
+    """r - 0.05 ln(pi_t / pi_ref) of the whole response, as in its authors' code."""
+    algorithm, _ = make("rebel", folder)
+    step = Step(folder, algorithm, rollout(2))
     with torch.no_grad():
-        for p in ref.parameters():
+        for p in step.ref.parameters():
             p.to_local().mul_(1.1)
-    args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=10_000, temperature=1.0)
-    [[batch]] = baselines.pair_updates(rollout(2), args)
+    [[batch]] = updates = step.split(10_000, 1)
     with torch.no_grad():
-        token_kl = policy(**batch.inputs) - ref(**batch.inputs)
+        token_kl = step.policy(**batch.inputs) - batch.ref_logp
     kl = losses.sequence_logprob(token_kl, batch.lengths)
     assert kl.abs().min() > 0.01
-    seen, optimizer = [], torch.optim.SGD(policy.parameters(), 0.0)
-    monkeypatch.setattr(baselines, "rebel_loss", lambda ratio, r: seen.append(r) or ratio.mean())
-    baselines.rebel_step(policy, ref, optimizer, rollout(2), args, lambda: None)
-    close(seen[0].flatten().double(), (batch.rewards - 0.05 * kl).double(), 1e-5)
+    seen = []
+    rebel_loss = baselines.rebel_loss
+
+    def paired(logratio, rewards):
+        seen.append(rewards.flatten())
+        return rebel_loss(logratio, rewards)
+
+    monkeypatch.setattr(baselines, "rebel_loss", paired)
+    step.update(updates)
+    close(seen[0], batch.rewards - 0.05 * kl, 1e-5)
 
 
-def test_the_critic_learns_from_the_rewards(group, folder):
-    """From 0, on ten rounds of the same rollout, its error falls."""
-    step(folder, "ppo", 10_000, lr=0.0)
-    critic = baselines.CRITIC["model"]
-    args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=10_000, temperature=1.0)
-    [[batch]] = baselines.token_updates(rollout(1), args)
-    goal = batch.rewards.repeat_interleave(batch.lengths)
-    optimizer, errors = torch.optim.AdamW(critic.parameters(), 1e-2), []
-    batch.ref_logp = batch.sampler_logp
-    for _ in range(10):
-        told = baselines.descend(critic, optimizer, [[batch]],
-                                 lambda b, values: (values - goal).square().mean())  # fmt: skip
-        errors.append(told[0])
-    assert errors[0] == pytest.approx(goal.square().mean().item())  # the head starts at 0
-    assert errors[-1] < 0.5 * errors[0]
+def test_the_critic_learns_from_the_rewards(group, folder, critics):
+    """It starts at 0, and on one rollout again and again it comes nearer to the returns."""
+    algorithm, _ = make("ppo", folder)
+    step = Step(folder, algorithm, rollout(1))
+    errors = []
+    for _ in range(30):
+        [[batch]] = updates = step.split(10_000, 1)
+        step.update(updates, lr=0.0)
+        rewards = batch.rewards.repeat_interleave(batch.lengths)
+        errors.append((batch.extra["old_values"] - rewards).square().mean().item())
+    assert len(critics) == 1
+    assert errors[0] == pytest.approx(rewards.square().mean().item())
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_running_mean_is_of_earlier_steps(folder):
+    algorithm, _ = make("running", folder)
+    means = []
+    for reward in (0.5, 1.0, 0.0):
+        responses = rollout(1)
+        for response in responses:
+            response.reward = reward
+        algorithm.credit(responses)
+        means.append({response.numbers["v_star"] for response in responses})
+    assert [m for [m] in means] == pytest.approx([0.5, 0.5, 0.55])
+
+
+# ---------------------------------------------------------------------------------------------
+# A fork
+
+
+def test_a_fork_needs_a_loss_and_no_more(group, folder):
+    """REINFORCE with the leave-one-out baseline (RLOO), as a course project would write it.
+
+    Its gradient, through other code and another split, is the one taken by hand.
+    """
+
+    def credit(responses: list[Response]) -> None:
+        for start in range(0, len(responses), 4):
+            chosen = responses[start : start + 4]
+            total = sum(response.reward for response in chosen)
+            for response in chosen:
+                response.numbers["advantage"] = response.reward - (total - response.reward) / 3
+
+    def loss(batch: MicroBatch, token_logp: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        logp = losses.sequence_logprob(token_logp, batch.lengths)
+        return -batch.numbers["advantage"] * logp, {"logp": logp}
+
+    step = Step(folder, Algorithm(loss, credit), rollout(4))
+    policy = load_policy(folder, next(step.policy.parameters()).device_mesh, torch.float32)
+    expected = 0.0
+    logps = []
+    for response in step.responses:
+        args = argparse.Namespace(updates_per_batch=1, micro_batch_tokens=1)
+        [[batch]] = train_online.split_into_updates([response], args, 1.0, 1)
+        logp = policy(**batch.inputs).sum()
+        expected = expected - response.numbers["advantage"] * logp / 32
+        logps.append(logp.item())
+    expected.backward()
+    norm = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()]).norm()
+
+    metrics = step.update(step.split(budget=25, num_updates=1))
+    assert sum(r.numbers["advantage"] for r in step.responses) == pytest.approx(0)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert metrics["logp"] == pytest.approx(statistics.mean(logps), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -353,137 +503,162 @@ def test_the_critic_learns_from_the_rewards(group, folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
-    [("grpo --samples-per-prompt 1", "not for grpo"), ("rebel --samples-per-prompt 3", "not for"),
-     ("ppo --resume", "critic")],
-)  # fmt: skip
-def test_what_a_method_cannot_do_is_told(words, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["baselines", "--method", *words.split()])
-    with pytest.raises(UserError, match=says):
+    ("flags", "message"),
+    [
+        ("grpo --samples-per-prompt 1", "GRPO needs at least 2"),
+        ("rebel --samples-per-prompt 3", "REBEL needs pairs"),
+        ("ppo --resume", "ppo cannot --resume"),
+        ("running --resume", "running cannot --resume"),
+    ],
+)
+def test_a_method_refuses_what_it_cannot_do(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["baselines", "--method", *flags.split()])
+    with pytest.raises(UserError, match=message):
         baselines.main()
 
 
-def test_group_sizes_are_defaults_of_the_flag(monkeypatch):
-    """And train_online gets its own flags, without --method."""
-    caught = {}
+STEPS = "--batch-size 4 --num-steps 2 --lr 1e-3 --micro-batch-tokens 400 --eval-dataset none"
+RUNS = {
+    "grpo": ("-m", "experiments.baselines", "--method", "grpo", "--samples-per-prompt", "4"),
+    "rebel": ("-m", "experiments.baselines", "--method", "rebel"),
+    "ppo": ("-m", "experiments.baselines", "--method", "ppo"),
+    "ppo on 2 ranks": (*torchrun(2), "-m", "experiments.baselines", "--method", "ppo"),
+}
 
-    def check(args):
-        caught[args.method] = args.samples_per_prompt
-        raise UserError("enough")
 
-    monkeypatch.setattr(train_online, "check", check)
-    for method in baselines.METHODS:
-        monkeypatch.setattr(sys, "argv", ["baselines", "--method", method, "--lr", "1e-5"])
-        with pytest.raises(UserError, match="enough"):
-            baselines.main()
-    assert caught == {"a_star_po": 1, "grpo": 8, "rebel": 2, "ppo": 1}
-    assert baselines.METHODS["a_star_po"][0] is train_online.least_squares
+@pytest.fixture(scope="module")
+def runs(run: Callable, stage1: SimpleNamespace, tmp_path_factory) -> dict[str, Path]:
+    """Two steps of each method, as a user starts them, two at a time."""
+    place = tmp_path_factory.mktemp("runs")
+
+    def start(name: str) -> Path:
+        out = place / name
+        result = run(*RUNS[name], "--values", stage1.file, "--out", out, *STEPS.split())
+        assert result.code == 0, result.all
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(RUNS, pool.map(start, RUNS), strict=True))
+
+
+@pytest.mark.parametrize(("method", "samples"), [("grpo", 4), ("rebel", 2), ("ppo", 1)])
+def test_a_method_trains(method, samples, runs):
+    steps = read_metrics(runs[method])
+    assert [step["step"] for step in steps] == [1, 2]
+    assert steps[0]["logratio"] == 0 and steps[1]["logratio"] != 0
+    for step in steps:
+        assert step["grad_norm"] > 0
+        assert step["logprob_gap"] < 1e-4  # trained on the samples of this very policy
+    config = files.read_json(runs[method] / "config.json")
+    assert config["method"] == method and config["samples_per_prompt"] == samples
+    assert (runs[method] / "final" / "model.safetensors").exists()
+
+
+def test_ranks_change_nothing_but_rounding(runs):
+    """Whitening and both losses are over all ranks."""
+    one = read_metrics(runs["ppo"])
+    two = read_metrics(runs["ppo on 2 ranks"])
+    for a, b in zip(one, two, strict=True):
+        assert a["reward"] == b["reward"]
+        for name in ("loss", "grad_norm", "logratio"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
 # ---------------------------------------------------------------------------------------------
-# What compare and ablate make of the runs
+# compare.py
 
 
-def test_first_reach_is_linear_between_evaluations():
-    rows = [(1, 0.5), (2, None), (3, 0.8), (4, None), (5, 1.0), (6, 0.7)]
-    steps = [{"seconds": 10.0 * n} | ({} if a is None else {"eval_accuracy": a}) for n, a in rows]
-    assert compare.first_reach(steps, "seconds") == pytest.approx(40)
-    assert compare.first_reach(steps, "seconds", 0.8) == pytest.approx(30)
-    assert compare.first_reach(steps, "seconds", 0.4) == 10  # nothing is known before
-    assert compare.first_reach(steps[:4], "seconds") is None
-    assert compare.spread([1.0, 2.0, 6.0]) == pytest.approx([3, math.sqrt(7 / 3)])
-    assert compare.spread([1.0, None]) is None
+def test_reach_is_linear_between_steps():
+    reward = [0.5, 0.7, 0.6, 0.9]
+    spent = [10.0, 20.0, 30.0, 40.0, 50.0]
+    assert compare.reach(reward, spent, 0.4) == 10
+    assert compare.reach(reward, spent, 0.6) == pytest.approx(15)
+    assert compare.reach(reward, spent, 0.8) == pytest.approx(30 + 10 * 2 / 3)
+    assert compare.reach(reward, spent, 0.95) is None
 
 
-def test_sampled_reach_is_what_was_spent_before_the_middle_of_three():
-    rewards = [0.5, 0.8, 0.95, 0.85, 0.91, 0.97]
-    steps = [{"reward": r, "seconds": 10.0 * (i + 1)} for i, r in enumerate(rewards)]
-    # means of three 0.75, 0.8667 and 0.9033, when 10, 20 and 30 s were spent
-    assert compare.sampled_reach(steps, "seconds") == pytest.approx(20 + 10 * (100 / 110))
-    assert compare.sampled_reach(steps[:4], "seconds") is None
+def test_mean_and_error():
+    assert compare.mean_and_error([1.0, 2.0, 6.0]) == pytest.approx([3, math.sqrt(7 / 3)])
+    assert compare.mean_and_error([2.0]) == [2, 0]
+    assert compare.mean_and_error([1.0, None]) is None
 
 
-def test_the_rate_taken_is_the_fastest_of_the_good(monkeypatch):
-    """The fastest of all may end four points below the best; the best may never get there."""
-    runs = {"1": (30.0, 0.98), "2": (20.0, 0.97), "4": (10.0, 0.94), "8": (None, 0.99)}
-    monkeypatch.setattr(compare, "train", lambda args, method, lr, seed: lr)
-    told = lambda args, method, lr: {  # noqa: E731
-        "seconds_to_90_stage2": runs[lr][0], "accuracy": runs[lr][1], "reward": 0, "kl_response": 0
-    }  # fmt: skip
-    monkeypatch.setattr(compare, "measure", told)
-    lr, grid = compare.tune(SimpleNamespace(learning_rates="1,2,4,8"), "ppo")
-    assert lr == "2" and [row["lr"] for row in grid] == ["1", "2", "4", "8"]
-
-
-def test_a_finished_run_is_used_again(tmp_path):
-    """Half a run is not, and one made by another command is refused by name."""
-    write = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); "
-    write += "open(p.with_name('count'), 'a').write('x'); (p / 'done').touch()"
-    folder, count = tmp_path / "run", tmp_path / "count"
+def test_a_finished_job_is_kept(tmp_path):
+    """Half a job is not, and one of another command is refused by name."""
+    script = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); "
+    script += "open(p.with_name('count'), 'a').write('x'); (p / 'done').touch()"
+    folder = tmp_path / "run"
     folder.mkdir()
+    job = compare.Job(["-c", script, str(folder)], folder, "done")
     for _ in range(2):
-        compare.finish(["-c", write, folder], folder, "done")
-        assert count.read_text() == "x"
+        compare.run_jobs([job, job])
+        assert (tmp_path / "count").read_text() == "x"
     with pytest.raises(UserError, match="command"):
-        compare.finish(["-c", write, folder, "more"], folder, "done")
+        compare.run_job(job._replace(command=[*job.command, "more"]))
+    bad = compare.Job(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
     with pytest.raises(ChildProcessError, match=r"exit code 3, see .*bad\.log"):
-        compare.finish(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
+        compare.run_job(bad)
 
 
-def test_gradient_noise_of_parts_that_are_known(group, folder):
-    """Alternate parts a and b: the noise is |a - b|^2 / 4 over 15; equal parts have none."""
-    args = argparse.Namespace(micro_batch_tokens=10_000, temperature=1.0, beta2=0.1)
-    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-    policy, ref = (train_online.load_policy(folder, mesh, torch.float32) for _ in "ab")
-    a, b = (rollout(1)[i : i + 2] for i in (0, 4))
-    noise = lambda parts: ablate.gradient_noise(policy, ref, parts, args)  # noqa: E731
-    of_a, of_b, mixed = noise(16 * a), noise(16 * b), noise(8 * (a + b))
-    for same in (of_a, of_b):
-        assert same["signal"] > 0 and abs(same["noise"]) < 1e-9 * same["signal"]
-    mean = mixed["signal"] + mixed["noise"]  # |(a + b) / 2|^2
-    difference = 2 * of_a["signal"] + 2 * of_b["signal"] - 4 * mean
-    assert mixed["noise"] == pytest.approx(difference / 4 / 15, rel=1e-4)
-    assert all(p.grad is None for p in policy.parameters())
-    # In units in which it is the policy gradient of r - V*, as pi is pi_ref here.
-    [batch] = train_online.micro_batches(a, args)
-    logp = train_online.losses.sequence_logprob(policy(**batch.inputs), batch.lengths)
-    ((batch.rewards - batch.v_star) * logp).mean().backward()
-    grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
-    assert of_a["signal"] == pytest.approx(torch.cat(grads).square().sum().item(), rel=1e-4)
+def test_rows_differ_in_what_they_run():
+    for settings in (compare.COMPARISON, compare.ABLATIONS):
+        assert len({setting.method for setting in settings}) == len(settings)
+        assert len({setting._replace(method="") for setting in settings}) == len(settings)
+    names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
+    assert [setting.method for setting in compare.COMPARISON] == names.split()
 
 
-def test_fewer_samples_are_the_first_ones(tmp_path):
-    source, to = tmp_path / "values.json", tmp_path / "values-2.json"
-    prompts = [{"id": "a", "rewards": [1.0, 0.0, 0.0], "lengths": [3, 4, 5], "v_star": 9.0}]
-    problems.write_json(source, {"header": {"beta1": 0.5}, "prompts": prompts})
-    ablate.fewer_samples(source, to, 2)
-    told = problems.read_json(to, ours=True)
-    [prompt] = told["prompts"]
-    assert prompt["rewards"] == [1.0, 0.0] and prompt["lengths"] == [3, 4]
-    assert prompt["v_star"] == pytest.approx(0.5 * math.log((math.exp(2) + 1) / 2))
-    assert told["header"]["num_value_samples"] == 2
+def fake_job(job: compare.Job) -> None:
+    """Write what a job would leave, without running it. Rewards rise by 0.1 a step, from 0.5."""
+    if "offline_value.py" in job.command:
+        n = int(job.folder.name.removeprefix("values-"))
+        prompts = [{"id": "a", "rewards": [1.0] * n, "lengths": [10] * n, "v_star": 1.0}]
+        values = {"header": {"seconds": 7.0}, "prompts": prompts}
+        files.write_json(job.folder / "values.json", values)
+    elif "evaluate.py" in job.command:
+        scores = {"pass_at_k": {"1": 0.5, "4": 0.75}}
+        files.write_json(job.folder / "summary.json", {"benchmarks": {"test": scores}})
+    else:
+        flags = dict(zip(job.command[1:-1], job.command[2:], strict=True))
+        lines = []
+        for step in range(1, int(flags["--num-steps"]) + 1):
+            # The learning rate 0.002 is the best. A step of seed 1 takes twice as long.
+            reward = 0.4 + 0.1 * step - abs(float(flags["--lr"]) - 0.002)
+            metrics = {"reward": reward, "response_tokens": 5.0, "logratio": 0.25}
+            metrics["seconds_total"] = 1.0 + int(flags["--seed"])
+            lines.append(json.dumps(metrics))
+        files.write_text(job.folder / "metrics.jsonl", "\n".join(lines))
 
 
-def test_other_values_are_those_of_the_first_samples():
-    offline = torch.tensor([[1.0] + 31 * [0.0], 8 * [0.0] + 24 * [1.0]], dtype=FLOAT64)
-    told = ablate.other_values(offline, 0.3)
-    of = lambda p, b: b * math.log(1 + p * math.expm1(1 / b))  # noqa: E731
-    assert told["0"] == [0, 0] and told["running mean"] == pytest.approx([0.3, 0.3])
-    assert told["mean reward"] == [1 / 8, 0] and told["best of N"] == [1, 0]
-    assert told[ablate.PUBLISHED] == pytest.approx([of(1 / 8, 0.5), 0])
-    assert told["V*, beta1 10"] == pytest.approx([of(1 / 8, 10), 0])
-    assert told["N = 1"] == pytest.approx([1, 0])
-    assert told["N = 32"] == pytest.approx([of(1 / 32, 0.5), of(24 / 32, 0.5)])
-    says = {setting.says for setting in ablate.SETTINGS if setting.table == "baseline value"}
-    assert says <= told.keys()
+def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
+    monkeypatch.setattr(compare, "run_job", fake_job)
+    command = f"compare --model {model} --dataset {dataset} --test {dataset} --seeds 2"
+    command += f" --work {tmp_path / 'work'} --out {tmp_path} --only a_star_po_n2 rebel"
+    command += " --rates 0.001 0.002 --goals 0.65 2 --num-steps 6 --rollout-size 8"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--eval-samples", "4"])
+    compare.main()
+    ours, rebel = json.loads((tmp_path / "compare.json").read_text())
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert list(ours) == [
+        *("method", "seeds", "learning_rate", "rollouts", "tokens_total", "seconds_total"),
+        *("reward_final", "pass_at_1", "pass_at_4", "kl", "tokens_to", "seconds_to"),
+    ]
+    assert ours["method"] == "a_star_po_n2" and ours["learning_rate"] == 0.002
+    # Stage 1 has 20 tokens and 7 s, a step 40 tokens and 1 or 2 s.
+    assert ours["tokens_total"] == [20 + 6 * 40, 0] and rebel["tokens_total"] == [6 * 40, 0]
+    assert ours["seconds_total"] == pytest.approx([7 + 9, 3])
+    assert rebel["seconds_total"] == pytest.approx([9, 3])
+    assert ours["pass_at_4"] == [0.75, 0] and ours["kl"] == [0.25, 0]
+    # Rewards 0.5, 0.6, ..., 1: smoothed over five steps 0.6, 0.65, 0.7, ...
+    assert ours["reward_final"] == pytest.approx([0.8, 0])
+    assert ours["tokens_to"]["0.65"] == pytest.approx([20 + 40, 0])
+    assert rebel["seconds_to"]["0.65"] == pytest.approx([1.5, 0.5])
+    assert ours["tokens_to"]["2"] is None
+    zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
+    assert zero["prompts"][0]["rewards"] == [0.0]
 
 
-def test_ablations_differ_in_what_they_say():
-    """The issue's tables, and no two rows of a table that are one run."""
-    tables = {}
-    for setting in ablate.SETTINGS:
-        tables.setdefault(setting.table, []).append(setting[2:])
-    counts = {table: len(rows) for table, rows in tables.items()}
-    assert counts == {"baseline value": 8, "N": 5, "beta2": 4, "filter": 2, "updates a step": 3,
-                      "with lr / updates": 5, "responses per prompt": 3}  # fmt: skip
-    assert all(len(set(rows)) == len(rows) for rows in tables.values())
+def test_an_unknown_row_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--only", "reinforce"])
+    with pytest.raises(UserError, match="--only reinforce: choose from a_star_po_n8"):
+        compare.main()

@@ -2,23 +2,38 @@
 
 import itertools
 import json
-import re
 import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import CUT_SHORT, NUM_PROMPTS, assert_refused, torchrun, write_lines
+from conftest import (
+    FORK,
+    NUM_PROMPTS,
+    SAMPLING,
+    at_once,
+    read_lines,
+    torchrun,
+    write_lines,
+)
+
+import evaluate
+from apo import files, problems
+from apo.files import UserError
+from apo.problems import PLAIN, PromptStyle
 
 FIELDS = {"id", "sample", "prompt", "answer", "output", "reward", "tokens", "finished"}
 KEYS = {"num_problems", "num_samples", "mean", "stderr", "pass_at_k", "truncated", "tokens"}
-# The dataset's two problems whose answer is none, and the long one, are asked and counted here.
+# The dataset's two problems without a usable answer, and the long one, are asked and counted here.
 NUM_PROBLEMS = NUM_PROMPTS + 3
 
 
-def read(folder) -> tuple[list[dict], dict]:
-    samples = (folder / "digits.jsonl").read_text().splitlines()
+def read(folder: Path, name: str = "digits") -> tuple[list[dict], dict]:
+    """Read a benchmark's samples and its scores."""
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["benchmarks"]) == ["digits"], "a local file's name is its stem"
-    return [json.loads(line) for line in samples], summary["benchmarks"]["digits"]
+    assert list(summary["benchmarks"]) == [name], "a local file's name is its stem"
+    return read_lines(folder / f"{name}.jsonl"), summary["benchmarks"][name]
 
 
 def row_of(text: str, name: str = "digits") -> str:
@@ -27,17 +42,45 @@ def row_of(text: str, name: str = "digits") -> str:
 
 
 @pytest.fixture(scope="module")
-def evaluated(run, one_rank, dataset, tmp_path_factory):
-    """Stage 2's final model, four samples of each problem."""
-    out = tmp_path_factory.mktemp("results") / "new"
-    arguments = ("--model", one_rank / "final", "--benchmarks", dataset, "--out", out)
-    told = run("evaluate.py", *arguments, "--num-samples", "4", "--max-tokens", "48")
-    assert told.code == 0, told.all
-    told.folder, told.arguments = out, arguments
-    return told
+def evaluations(
+    run: Callable,
+    model: Path,
+    one_rank: Path,
+    dataset: Path,
+    fork: SimpleNamespace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SimpleNamespace:
+    """Evaluate three times: see the fixtures below."""
+    folder = tmp_path_factory.mktemp("results") / "new"
+    trained = ("--model", one_rank / "final", "--benchmarks", dataset, "--num-samples", "4")
+    nine_tokens = ("--max-tokens", "9")  # the box is whole, but no EOS follows
+    untrained = ("--model", model, "--benchmarks", dataset, "--num-samples", "4", *nine_tokens)
+    of_fork = ("--model", fork.run / "final", "--benchmarks", "parity", "--num-samples", "2")
+    runs = at_once(
+        lambda: run("evaluate.py", *trained, "--out", folder / "trained"),
+        lambda: run(FORK, "evaluate.py", *of_fork, "--out", folder / "fork", env=fork.env),
+    )
+    command = (*torchrun(2), "evaluate.py", *untrained, "--out", folder / "cut_short")
+    runs.append(run(*command))
+    for result, name in zip(runs, ("trained", "fork", "cut_short"), strict=True):
+        assert result.code == 0, result.all
+        result.folder = folder / name
+    return SimpleNamespace(trained=runs[0], fork=runs[1], cut_short=runs[2])
 
 
-def test_every_sample_is_saved(evaluated):
+@pytest.fixture(scope="module")
+def evaluated(evaluations: SimpleNamespace) -> SimpleNamespace:
+    """Four samples of each problem from stage 2's final model."""
+    return evaluations.trained
+
+
+@pytest.fixture(scope="module")
+def cut_short(evaluations: SimpleNamespace) -> SimpleNamespace:
+    """Four samples of nine tokens from the reference, on two ranks."""
+    return evaluations.cut_short
+
+
+def test_every_sample_is_saved(evaluated: SimpleNamespace) -> None:
     samples, _ = read(evaluated.folder)
     assert len(samples) == NUM_PROBLEMS * 4
     assert len({(s["id"], s["sample"]) for s in samples}) == NUM_PROBLEMS * 4
@@ -49,7 +92,7 @@ def test_every_sample_is_saved(evaluated):
     assert len({s["output"] for s in samples if s["id"] == "p0"}) > 1, "each has its own seed"
 
 
-def test_summary_is_what_the_samples_say(evaluated):
+def test_summary_is_what_the_samples_say(evaluated: SimpleNamespace) -> None:
     """Means over problems of means over samples, pass@k over all subsets of the samples."""
     samples, summary = read(evaluated.folder)
     assert summary.keys() >= KEYS
@@ -67,47 +110,74 @@ def test_summary_is_what_the_samples_say(evaluated):
         assert value == pytest.approx(statistics.mean(any_right)), k
     assert summary["truncated"] == statistics.mean(not s["finished"] for s in samples)
     assert summary["tokens"] == pytest.approx(statistics.mean(s["tokens"] for s in samples))
+
+
+def test_a_trained_model_is_asked_as_it_was_trained(
+    evaluated: SimpleNamespace, evaluations: SimpleNamespace, fork: SimpleNamespace
+) -> None:
+    """--max-tokens and the prompt come from the run's config.json: neither command names them."""
     header = json.loads((evaluated.folder / "summary.json").read_text())["header"]
-    assert header["max_tokens"] == 48 and re.fullmatch("[0-9a-f]{64}", header["model_sha256"])
+    assert header["max_tokens"] == 48 == int(SAMPLING[-1])
+    assert header["prompt_template"] == problems.BOXED_TEMPLATE
+    header = json.loads((evaluations.fork.folder / "summary.json").read_text())["header"]
+    assert header["max_tokens"] == 48
+    assert header["prompt_template"] == "{question} Put it in \\boxed{}.\n"
 
 
-def test_answers_that_cannot_be_graded_count_as_wrong_by_name(evaluated):
+def test_a_task_of_a_fork_runs_through_stage_3(
+    evaluations: SimpleNamespace, fork: SimpleNamespace
+) -> None:
+    samples, summary = read(evaluations.fork.folder, "parity")
+    assert len(samples) == 4 * 2
+    for s in samples:
+        assert s["prompt"] == f"Digit {s['id'][1:]}? Put it in \\boxed{{}}.\n"
+        assert s["reward"] in (1.5, -0.5) if s["finished"] else s["reward"] == 0.0
+    assert summary["mean"] == pytest.approx(statistics.mean(s["reward"] for s in samples))
+    assert "parity" in evaluations.fork.out
+
+
+def test_answers_that_cannot_be_graded_count_as_wrong_by_name(evaluated: SimpleNamespace) -> None:
     samples, _ = read(evaluated.folder)
     for key in ("empty-answer", "open-brace"):
         assert [line for line in evaluated.all.splitlines() if key in line]
         assert [s["reward"] for s in samples if s["id"] == key] == [0.0] * 4
 
 
-def test_grading_the_saved_samples_gives_the_same_numbers(run, evaluated):
-    told = run("evaluate.py", "--grade", evaluated.folder / "digits.jsonl")
-    assert told.code == 0, told.all
-    assert row_of(told.out) == row_of(evaluated.out)
-    _, summary = read(evaluated.folder)
-    assert f"{summary['mean']:.1%}" in row_of(told.out)
-
-
-def test_folder_of_other_results_is_refused_by_name(run, evaluated):
-    before = (evaluated.folder / "summary.json").read_bytes()
-    told = run("evaluate.py", *evaluated.arguments, "--num-samples", "4", "--max-tokens", "40")
-    told.left = []
-    assert_refused(told, "max_tokens 48, not 40")
-    assert (evaluated.folder / "summary.json").read_bytes() == before
-
-
-def test_box_without_eos_earns_nothing(run, model, dataset, tmp_path):
-    """On two ranks. With the rule waived, as base models may be scored, many would be right."""
-    arguments = ("--model", model, "--benchmarks", dataset, "--num-samples", "4", *CUT_SHORT)
-    told = run(*torchrun(2), "evaluate.py", *arguments, "--out", tmp_path)
-    assert told.code == 0, told.all
-    samples, summary = read(tmp_path)
+def test_box_without_eos_earns_nothing(cut_short: SimpleNamespace) -> None:
+    """With the rule waived, as base models may be scored, many would be right."""
+    samples, summary = read(cut_short.folder)
     assert len({(s["id"], s["sample"]) for s in samples}) == len(samples) == NUM_PROBLEMS * 4
     assert summary["mean"] == 0.0 and summary["truncated"] > 0.8 and summary["tokens"] <= 9
     right = [rf"\boxed{{{s['answer']}}}" == s["output"] for s in samples]
     assert sum(right) > 10, "the fixture's model should be right now and then"
-    waived = [
-        share for share in row_of(told.out).split() if share == f"{statistics.mean(right):.1%}"
-    ]
-    assert waived, row_of(told.out)
+    assert summary["mean_any_end"] == pytest.approx(statistics.mean(right))
+    assert f"{statistics.mean(right):.1%}" in row_of(cut_short.out).split()
+
+
+# ---------------------------------------------------------------------------------------------
+# Saved outputs
+
+
+@pytest.fixture
+def grade(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """Run `evaluate.py --grade FILE` in this process, and return what it prints."""
+
+    def call(path: Path) -> str:
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--grade", str(path)])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_grading_the_saved_samples_gives_the_same_numbers(
+    grade: Callable, evaluated: SimpleNamespace, cut_short: SimpleNamespace
+) -> None:
+    for result in (evaluated, cut_short):
+        out = grade(result.folder / "digits.jsonl")
+        assert row_of(out) == row_of(result.out)
+        _, summary = read(result.folder)
+        assert f"{summary['mean']:.1%}" in row_of(out)
 
 
 HAND_WRITTEN = [
@@ -119,15 +189,103 @@ HAND_WRITTEN = [
 ]
 
 
-def test_grade_of_outputs_from_elsewhere(run, tmp_path):
+def test_grade_of_outputs_from_elsewhere(grade: Callable, tmp_path: Path) -> None:
     """Two of five are right, a third but for its EOS; the empty answer is named by its id."""
-    path = write_lines(tmp_path / "outputs.jsonl", HAND_WRITTEN)
-    told = run("evaluate.py", "--grade", path)
-    assert told.code == 0, told.all
-    assert [line for line in told.all.splitlines() if "geometry/7" in line]
-    row = row_of(told.out, "outputs").split()
+    out = grade(write_lines(tmp_path / "outputs.jsonl", HAND_WRITTEN))
+    assert [line for line in out.splitlines() if "geometry/7" in line]
+    row = row_of(out, "outputs").split()
     assert row[1] == "5" and "40.0%" in row and "60.0%" in row and "20.0%" in row, row
-    assert [p.name for p in tmp_path.iterdir()] == ["outputs.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs.jsonl"]
+
+
+def test_scores_by_hand() -> None:
+    """Problem a: right, right, wrong; problem b: wrong, cut but right, wrong."""
+    records = []
+    for key, reward, finished in (
+        *(("a", 1.0, True), ("a", 1.0, True), ("a", 0.0, True)),
+        *(("b", 0.0, True), ("b", 0.0, False), ("b", 0.0, True)),
+    ):
+        output = r"\boxed{7}" if reward or not finished else r"\boxed{8}"
+        record = {"id": key, "reward": reward, "finished": finished, "answer": "7", "tokens": 4}
+        records.append(record | {"output": output})
+    scores = evaluate.score(records)
+    assert (scores["num_problems"], scores["num_samples"]) == (2, 3)
+    assert scores["mean"] == pytest.approx(1 / 3) and scores["stderr"] == pytest.approx(1 / 3)
+    # k = 2: problem a has one wrong sample, so that each pair holds a right one.
+    assert scores["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": 1 / 2, "3": 1 / 2})
+    assert scores["truncated"] == pytest.approx(1 / 6)
+    assert scores["mean_any_end"] == pytest.approx(1 / 2)
+    assert evaluate.score(records[:1])["stderr"] == 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+TRAINED = {
+    "prompt_template": "Q: {question}",
+    "chat_template": True,
+    "system_prompt": "Be brief.",
+    "chat_template_kwargs": {"think": False},
+    "max_tokens": 77,
+}
+
+
+@pytest.fixture
+def trained_run(tmp_path: Path) -> Path:
+    for name in ("final", "checkpoints/step-5"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    files.write_json(tmp_path / "run" / "config.json", TRAINED)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    return tmp_path / "run"
+
+
+def test_the_settings_of_a_run_are_found_beside_its_models(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("final", "checkpoints/step-5"):
+        assert evaluate.settings_of_run(str(trained_run / name)) == TRAINED
+    monkeypatch.chdir(trained_run)
+    assert evaluate.settings_of_run("final") == TRAINED
+    assert evaluate.settings_of_run("Qwen/Qwen2.5-1.5B") == {}
+    (trained_run / "metrics.jsonl").unlink()  # a model's own config.json is no run's
+    assert evaluate.settings_of_run(str(trained_run / "final")) == {}
+
+
+def parse(*flags: str) -> object:
+    return evaluate.make_parser().parse_args(flags)
+
+
+def test_flags_win_over_the_settings_of_the_run() -> None:
+    as_trained = PromptStyle("Q: {question}", True, "Be brief.", {"think": False})
+    assert evaluate.base_style(parse(), TRAINED) == as_trained
+    assert evaluate.base_style(parse(), {}) == PLAIN
+    style = evaluate.base_style(parse("--chat-template", "--system-prompt", "Think."), TRAINED)
+    assert style.chat_template and style.system_prompt == "Think."
+    style = evaluate.base_style(parse("--chat-template"), {})
+    assert style == PromptStyle(chat_template=True)
+
+
+def test_the_prompt_flags_are_part_of_the_header(model: Path) -> None:
+    style = PromptStyle("Q: {question}", True, "Be brief.", {"think": False})
+    header = evaluate.make_header(parse("--model", str(model), "--max-tokens", "5"), style)
+    for name in ("prompt_template", "chat_template", "system_prompt", "chat_template_kwargs"):
+        assert header[name] == TRAINED[name]
+    assert header["model_fingerprint"] == files.model_fingerprint(model)
+    assert header["max_tokens"] == 5
+
+
+def test_results_of_another_run_are_refused_by_name(evaluated: SimpleNamespace) -> None:
+    summary = json.loads((evaluated.folder / "summary.json").read_text())
+    header = summary["header"] | {"model": "the same, elsewhere"}
+    digest = summary["benchmarks"]["digits"]["rows_digest"]
+    done = evaluate.read_summary(evaluated.folder, header, {"digits": digest, "other": "0"})
+    assert done == summary["benchmarks"]
+    with pytest.raises(UserError, match="max_tokens 48, not 40"):
+        evaluate.read_summary(evaluated.folder, header | {"max_tokens": 40}, {})
+    with pytest.raises(UserError, match=r"digits in .*rows_digest"):
+        evaluate.read_summary(evaluated.folder, header, {"digits": "0"})
+    assert evaluate.read_summary(evaluated.folder / "new", header, {}) == {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,36 +294,44 @@ def test_grade_of_outputs_from_elsewhere(run, tmp_path):
 BAD = {  # name: arguments, what the error says
     "unknown benchmark": ("--benchmarks math500x", "'math500x'"),
     "one of two unknown": ("--benchmarks {dataset},nosuch", "'nosuch'"),
+    "the same name twice": ("--benchmarks {dataset},{dataset}", "called digits"),
     "missing file": ("--benchmarks {files}/none.jsonl", "none.jsonl"),
     "missing column": ("--benchmarks {files}/column.jsonl", "row 2"),
-    "no answer to grade": ("--benchmarks {files}/ungradable.jsonl", "no answer can be graded"),
+    "no answer to grade": ("--benchmarks {files}/ungradable.jsonl", "answer that can be graded"),
     "missing model": ("--model {files}/nothing", "nothing"),
+    "no room for a prompt": ("--max-tokens 512", "--max-tokens 512"),
     "negative samples": ("--num-samples=-1", "--num-samples"),
     "negative temperature": ("--temperature=-1", "--temperature"),
     "top-p over 1": ("--top-p 1.5", "--top-p"),
+    "system prompt alone": ("--system-prompt brief", "--chat-template"),
     "grade nothing": ("--grade {files}/none.jsonl", "none.jsonl"),
     "grade an empty file": ("--grade {files}/empty.jsonl", "empty.jsonl"),
     "grade a damaged file": ("--grade {files}/torn.jsonl", "line 2"),
     "grade without output": ("--grade {files}/column.jsonl", "row 1"),
-    "grade ungradable answers": ("--grade {files}/outputs.jsonl", "no answer can be graded"),
+    "grade ungradable answers": ("--grade {files}/outputs.jsonl", "answer that can be graded"),
+    "grade a finish that is none": ("--grade {files}/finished.jsonl", '"finished"'),
 }
 
 
 @pytest.fixture(scope="module")
-def bad(bad_runs, model, dataset, tmp_path_factory):
-    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("bad")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
     good = {"question": "q", "answer": "1"}
-    write_lines(files / "column.jsonl", [good, {"question": "q", "solution": "1"}])
-    write_lines(files / "ungradable.jsonl", [good | {"answer": ""}, good | {"answer": "{"}])
-    write_lines(files / "outputs.jsonl", [{"answer": "", "output": r"\boxed{}"}])
-    write_lines(files / "empty.jsonl", [])
-    (files / "torn.jsonl").write_text('{"answer": "1", "output": "1"}\n{"answer": "1", "outp')
-    base = "--model {model} --benchmarks {dataset} --out {out} "
-    table = {name: (base + arguments, says) for name, (arguments, says) in BAD.items()}
-    places = {"model": model, "dataset": dataset, "files": files}
-    return bad_runs("evaluate.py", table, folder, **places)
+    write_lines(folder / "column.jsonl", [good, {"question": "q", "solution": "1"}])
+    write_lines(folder / "ungradable.jsonl", [good | {"answer": ""}, good | {"answer": "{"}])
+    write_lines(folder / "outputs.jsonl", [{"answer": "", "output": r"\boxed{}"}])
+    write_lines(folder / "finished.jsonl", [{"answer": "1", "output": "1", "finished": "no"}])
+    write_lines(folder / "empty.jsonl", [])
+    (folder / "torn.jsonl").write_text('{"answer": "1", "output": "1"}\n{"answer": "1", "outp')
+    return folder
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_code_2(case, bad):
-    assert_refused(bad[case], BAD[case][1])
+def test_bad_input_is_one_sentence_and_code_2(
+    case: str, assert_refused: Callable, model: Path, dataset: Path, bad_files: Path, tmp_path: Path
+) -> None:
+    flags, says = BAD[case]
+    flags = flags.replace("{files}", str(bad_files)).replace("{dataset}", str(dataset))
+    base = f"--model {model} --benchmarks {dataset} --out {tmp_path / 'out'} "
+    assert_refused(evaluate, base + flags, says)
+    assert list(tmp_path.iterdir()) == []

@@ -108,7 +108,7 @@ def on_ranks(num_ranks: int) -> list[str]:
 STEPS = 44
 TRAIN = f"""--num-steps {STEPS} --batch-size 6 --updates-per-batch 2 --samples-per-prompt 2
 --lr 1e-4 --beta2 0.1 --save-every 2 --eval-every 5 --log-samples 3 --micro-batch-tokens 500"""
-SAMPLES = 500  # of each problem in stages 1 and 3: drawing them must outlast the kills
+SAMPLES = 300  # of each problem in stages 1 and 3: drawing them must outlast the kills
 NUM_OTHER = 20  # problems of the second benchmark
 # Two answers are not answers: stage 1 drops them, stage 3 counts them as wrong.
 NUM_DIGITS = {"offline_value": NUM_PROMPTS, "evaluate": NUM_PROMPTS + 3 + NUM_OTHER}
@@ -195,7 +195,7 @@ def command(
 
 
 @pytest.fixture(scope="session")
-def straight(
+def uninterrupted(
     run: Callable, command: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, int], Path]:
     """The folder of a stage's uninterrupted run, each made once.
@@ -207,7 +207,7 @@ def straight(
     def make(stage: str, num_ranks: int) -> Path:
         if stage != "train_online" and num_ranks > 1:
             return make(stage, 1)
-        out = tmp_path_factory.mktemp(f"straight-{stage}-{num_ranks}") / "out"
+        out = tmp_path_factory.mktemp(f"uninterrupted-{stage}-{num_ranks}") / "out"
         result = run(*on_ranks(num_ranks), *command(stage, out), timeout=900)
         assert_ended_well(result)
         return out
@@ -381,11 +381,8 @@ STAGES = ("offline_value", "train_online", "evaluate")
 
 
 def kill_cases() -> list:
-    """One kill of stages 2 and 3 for `make test`; ten of each stage on one and on two ranks."""
-    cases = [
-        pytest.param("train_online", 1, "write", id="train_online-1-sample"),
-        pytest.param("evaluate", 1, "torn", id="evaluate-1-sample"),
-    ]
+    """One kill of stage 2 for `make test`; ten of each stage on one and on two ranks."""
+    cases = [pytest.param("train_online", 1, "write", id="train_online-1-sample")]
     for stage in STAGES:
         moments = TRAINING if stage == "train_online" else DRAWING
         for num_ranks in (1, 2):
@@ -396,10 +393,10 @@ def kill_cases() -> list:
 
 @pytest.mark.parametrize("stage, num_ranks, moments", kill_cases())
 def test_killed_and_continued_is_as_if_it_had_not_been(
-    stage, num_ranks, moments, killed, straight, run, command, tmp_path
+    stage, num_ranks, moments, killed, uninterrupted, run, command, tmp_path
 ):
     """Bit for bit. A lost sampling seed, moment of Adam or order of an epoch would all show."""
-    expected = straight(stage, num_ranks)
+    expected = uninterrupted(stage, num_ranks)
     dead = killed(stage, num_ranks, moments)
     planned = moments.split()
     for moment in ("start", "write"):
@@ -415,14 +412,14 @@ def test_killed_and_continued_is_as_if_it_had_not_been(
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_run_continues_on_another_number_of_ranks(
-    stage, before, after, killed, straight, run, command, tmp_path
+    stage, before, after, killed, uninterrupted, run, command, tmp_path
 ):
     """Stages 1 and 3 bit for bit. Stage 2 to rounding, of weights and of Adam's moments."""
     dead = killed(stage, before, TRAINING if stage == "train_online" else DRAWING)
     out = tmp_path / "out"
     shutil.copytree(dead.folder, out)
     assert_ended_well(run(*on_ranks(after), *command(stage, out), timeout=900))
-    expected = straight(stage, before)
+    expected = uninterrupted(stage, before)
     if stage != "train_online":
         assert_same(stage, out, expected)
         return
@@ -537,13 +534,6 @@ def test_run_with_nothing_whole_left_says_so_and_starts_again(run, two_steps):
         assert len(lines) == 1, result.err
     assert "starts again" in result.err
     assert_same("train_online", out, two_steps.base)
-
-
-@many
-def test_damaged_final_model_is_written_again(run, two_steps):
-    cut(two_steps.out / "final" / "model.safetensors")
-    assert_ended_well(run(*two_steps.command))
-    assert_same("train_online", two_steps.out, two_steps.base)
 
 
 IDENTITY = {"model_fingerprint": {"config.json": "0", "tokenizer.json": "1"}, "temperature": 1.0}
@@ -675,12 +665,12 @@ def test_full_disk_while_a_checkpoint_is_written(left, disk, run, one_rank, stag
 @many
 @pytest.mark.parametrize("struck", ["partial", "result"])
 @pytest.mark.parametrize("stage", ["offline_value", "evaluate"])
-def test_full_disk_while_samples_are_drawn(stage, struck, disk, run, command, straight):
+def test_full_disk_while_samples_are_drawn(stage, struck, disk, run, command, uninterrupted):
     """What was drawn is kept and not drawn again; the result is that of a large disk.
 
     Where the result itself is meant to find no room, the disk is filled when all is drawn.
     """
-    expected = straight(stage, 1)
+    expected = uninterrupted(stage, 1)
     out = disk.folder / "out"
     out.mkdir()
     if struck == "partial":
@@ -728,7 +718,7 @@ def fill_late(
 
 @pytest.mark.parametrize("rank, ranks_after", [(1, 1), pytest.param(0, 2, marks=many)])
 def test_one_rank_killed_ends_the_job_by_name_and_the_run_continues(
-    rank, ranks_after, run, command, straight, tmp_path
+    rank, ranks_after, run, command, uninterrupted, tmp_path
 ):
     """The other waits in a collective for a rank that never comes: for a day, if nobody looks."""
     out = tmp_path / "out"
@@ -750,7 +740,7 @@ def test_one_rank_killed_ends_the_job_by_name_and_the_run_continues(
     assert checkpoints(out) and not (out / "final").exists(), "killed too late: tests nothing"
     done = max(saved_step(folder) for folder in checkpoints(out))
     assert_ended_well(run(*on_ranks(ranks_after), *command("train_online", out), timeout=900))
-    expected = straight("train_online", ranks_after)
+    expected = uninterrupted("train_online", ranks_after)
     if ranks_after == 2:
         assert_same("train_online", out, expected)
         return
@@ -784,7 +774,7 @@ def interrupt(process: subprocess.Popen, number: signal.Signals) -> None:
     ],
 )
 def test_training_that_is_stopped_finishes_its_step_and_saves_it(
-    number, num_ranks, command, straight, tmp_path
+    number, num_ranks, command, uninterrupted, tmp_path
 ):
     out = tmp_path / "out"
     chance = random.Random(f"{number}/{num_ranks}")
@@ -811,7 +801,7 @@ def test_training_that_is_stopped_finishes_its_step_and_saves_it(
     assert saved.name == f"step-{rows[-1]['step']}" and saved_step(saved) == rows[-1]["step"]
     # The step under way, and perhaps the one before which the ranks had just agreed.
     assert rows[-1]["step"] <= before + 2 and not (out / "final").exists()
-    expected = read_metrics(straight("train_online", num_ranks))[: len(rows)]
+    expected = read_metrics(uninterrupted("train_online", num_ranks))[: len(rows)]
     assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
 
 
@@ -831,13 +821,14 @@ def test_second_signal_ends_training_at_once(command, tmp_path):
     assert checkpoints(out) == [] and not (out / "final").exists()
 
 
+@many
 @pytest.mark.parametrize(
     "stage, number, num_ranks",
     [
         ("evaluate", INT, 1),
-        pytest.param("evaluate", TERM, 2, marks=many),
-        pytest.param("offline_value", INT, 2, marks=many),
-        pytest.param("offline_value", TERM, 1, marks=many),
+        ("evaluate", TERM, 2),
+        ("offline_value", INT, 2),
+        ("offline_value", TERM, 1),
     ],
 )
 def test_sampling_that_is_stopped_keeps_what_it_drew(stage, number, num_ranks, command, tmp_path):
@@ -944,15 +935,14 @@ def own_task(tmp_path: Path, model: Path) -> Callable[[str, dict | None], tuple]
     return make
 
 
+@many
 @pytest.mark.parametrize(
     "stage, num_ranks",
     [
-        pytest.param("offline_value", 1, marks=many),
         ("offline_value", 2),  # the row is rank 1's
-        pytest.param("train_online", 1, marks=many),
-        pytest.param("train_online", 2, marks=many),
-        pytest.param("evaluate", 1, marks=many),
-        pytest.param("evaluate", 2, marks=many),
+        ("train_online", 1),
+        ("train_online", 2),
+        ("evaluate", 1),
     ],
 )
 def test_reward_that_raises_shows_its_traceback_and_the_row(stage, num_ranks, own_task, run):
@@ -965,27 +955,6 @@ def test_reward_that_raises_shows_its_traceback_and_the_row(stage, num_ranks, ow
 def test_reward_that_is_no_number_is_no_reward(own_task, run):
     result = run(*own_task("offline_value", {"wanted": 3, "scale": float("nan")}))
     assert_traceback(result, "nan on row 'n5'")
-
-
-@many
-def test_all_columns_of_a_row_reach_its_reward_in_every_stage(own_task, run, tmp_path):
-    for stage in STAGES:
-        assert_ended_well(run(*own_task(stage, None)))
-        if stage == "train_online":
-            rows = whole_rows(tmp_path / "out" / "samples.jsonl")
-        elif stage == "evaluate":
-            rows = whole_rows(tmp_path / "out" / "lengths.jsonl")
-        else:
-            rows = files.read_json(tmp_path / "out")["prompts"]
-            rows = [row | {"reward": row["rewards"][0], "finished": True} for row in rows]
-            (tmp_path / "out").unlink()
-        assert len(rows) == 8
-        assert any(0 < row["reward"] < 1 for row in rows)
-        for row in rows:
-            if "output" in row and row["finished"]:
-                wanted = 9 + int(row["id"][1:])
-                assert row["reward"] == 1 / (1 + abs(len(row["output"]) - wanted))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 # What a stage does on a machine with two GPUs, without the GPUs.
@@ -1054,7 +1023,7 @@ def test_relaunched_script_ends_on_a_signal_with_its_code(number, tmp_path):
         pytest.param("evaluate", marks=many),
     ],
 )
-def test_of_two_runs_started_at_once_one_is_refused(stage, command, straight, tmp_path):
+def test_of_two_runs_started_at_once_one_is_refused(stage, command, uninterrupted, tmp_path):
     out = tmp_path / "out"
     start = [word for word in command(stage, out) if word != "--resume"]
     processes = [spawn(*start), spawn(*start)]
@@ -1068,12 +1037,14 @@ def test_of_two_runs_started_at_once_one_is_refused(stage, command, straight, tm
     line = only_error(loser)
     # A loser that comes a second later sees that the folder is not empty.
     assert str(out) in line and ("another run" in line or "is not empty" in line), line
-    assert_same(stage, out, straight(stage, 1))
+    assert_same(stage, out, uninterrupted(stage, 1))
 
 
 @many
 @pytest.mark.parametrize("stage", STAGES)
-def test_run_beside_a_run_is_refused_and_leaves_it_alone(stage, run, command, straight, tmp_path):
+def test_run_beside_a_run_is_refused_and_leaves_it_alone(
+    stage, run, command, uninterrupted, tmp_path
+):
     out = tmp_path / "out"
     is_at_work = last_step if stage == "train_online" else count_records
     process = spawn(*command(stage, out))
@@ -1089,7 +1060,7 @@ def test_run_beside_a_run_is_refused_and_leaves_it_alone(stage, run, command, st
     finally:
         kill(process)
     assert_ended_well(result)
-    assert_same(stage, out, straight(stage, 1))
+    assert_same(stage, out, uninterrupted(stage, 1))
 
 
 @pytest.fixture
@@ -1129,14 +1100,14 @@ def test_folder_that_cannot_be_written_is_refused_at_once(stage, run, command, r
 @many
 @pytest.mark.parametrize("stage", ["train_online", "evaluate"])
 def test_finished_run_that_cannot_be_written_is_refused_or_left(
-    stage, run, command, straight, read_only
+    stage, run, command, uninterrupted, read_only
 ):
     """Asked again, a finished run changes nothing, so that an archive may be read-only."""
     if not os.path.ismount(read_only):
         pytest.skip("needs a tmpfs, which may not be mounted here")
     subprocess.run(["mount", "-o", f"remount,rw,size={DISK_BYTES}", read_only], check=True)
     out = read_only / "out"
-    shutil.copytree(straight(stage, 1), out)
+    shutil.copytree(uninterrupted(stage, 1), out)
     subprocess.run(["mount", "-o", "remount,ro", read_only], check=True)
     result = run(*command(stage, out))
     assert "Traceback" not in result.all, result.all
@@ -1193,7 +1164,7 @@ def test_model_may_move_but_not_change(
         command = ("train_online.py", "--values", values, "--out", out, *RAGGED.split())
         command = (*command, "--resume")
     else:
-        shutil.copytree(request.getfixturevalue("straight")("evaluate", 1), out)
+        shutil.copytree(request.getfixturevalue("uninterrupted")("evaluate", 1), out)
         command = request.getfixturevalue("command")("evaluate", out)
         command = tuple(relative if word == model else word for word in command)
     before = snapshot(out)

@@ -1,185 +1,161 @@
-"""What problems.py promises but for the reward: loading, prompts, seeds, files."""
+"""The tasks: rows with all their columns, prompts as the model was trained on, and rewards."""
 
+import dataclasses
 import json
-import math
-import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+from conftest import make_tokenizer, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-import problems
-from problems import DATASETS, UserError, load_problems
+from apo import engine, problems
+from apo.engine import Response
+from apo.files import UserError
+from apo.problems import DATASETS, PLAIN, Dataset, Prompt, PromptStyle, load_problems
 
-# One row of every set on the hub, with all of its columns, and the answer to be read from it.
+# ---------------------------------------------------------------------------------------------
+# Datasets of the hub. A row of each set that is registered, with all of its columns, the answer to
+# be read from it, and where it comes from, by the sets' cards.
+
 LATEX = r"So $x=\boxed{1}$, hence \boxed{\frac{1}{2}}."
 HUB = {
     ("math", "train"): (
+        ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
         {"problem": "Q {x}", "level": "Level 5", "solution": LATEX, "type": "Algebra"},
         r"\frac{1}{2}",
     ),
     ("gsm8k", "train"): (
+        ("openai/gsm8k", "main", "train"),
         {"question": "Q {x}", "answer": "She sold 24 + 48 = <<24+48=72>>72 clips.\n#### 1,072"},
         "1,072",
     ),
-    ("gsm8k", "test"): ({"question": "Q {x}", "answer": "9 * 2 = $<<9*2=18>>18\n#### 18"}, "18"),
+    ("gsm8k", "test"): (
+        ("openai/gsm8k", "main", "test"),
+        {"question": "Q {x}", "answer": "9 * 2 = $<<9*2=18>>18\n#### 18"},
+        "18",
+    ),
     ("math500", "test"): (
-        {"problem": "Q {x}", "solution": LATEX, "answer": r"\left( 3, \pi \right)"}
-        | {"subject": "Precalculus", "level": 2, "unique_id": "test/precalculus/807.json"},
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        {
+            "problem": "Q {x}",
+            "solution": LATEX,
+            "answer": r"\left( 3, \pi \right)",
+            "subject": "Precalculus",
+            "level": 2,
+            "unique_id": "test/precalculus/807.json",
+        },
         r"\left( 3, \pi \right)",
     ),
-    ("minerva", "test"): ({"question": "Q {x}", "answer": "4.5e33"}, "4.5e33"),
+    ("minerva", "test"): (
+        ("math-ai/minervamath", None, "test"),
+        {"question": "Q {x}", "answer": "4.5e33"},
+        "4.5e33",
+    ),
     ("olympiadbench", "test"): (
-        {"id": 1606, "question": "Q {x}", "solution": ["long", "other"], "final_answer": ["2"]}
-        | {"context": None, "modality": "Text-only", "is_multiple_answer": False, "unit": None},
+        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+        {
+            "id": 1606,
+            "question": "Q {x}",
+            "solution": ["long", "other"],
+            "final_answer": ["2"],
+            "context": None,
+            "modality": "Text-only",
+            "is_multiple_answer": False,
+            "unit": None,
+        },
         "2",
     ),
-    ("amc23", "test"): ({"id": 0, "question": "Q {x}", "answer": "27.0", "url": "u"}, "27.0"),
+    ("amc23", "test"): (
+        ("math-ai/amc23", None, "test"),
+        {"id": 0, "question": "Q {x}", "answer": "27.0", "url": "u"},
+        "27.0",
+    ),
     ("aime24", "test"): (
+        ("HuggingFaceH4/aime_2024", None, "train"),
         {"id": 60, "problem": "Q {x}", "solution": LATEX, "answer": "204", "url": "u"},
         "204",
     ),
-    ("aime25", "test"): ({"problem": "Q {x}", "answer": "70", "id": "0"}, "70"),
-    ("hmmt_feb_2024", "test"): ({"problem_idx": 1, "problem": "Q {x}", "answer": "3"}, "3"),
+    ("aime25", "test"): (
+        ("math-ai/aime25", None, "test"),
+        {"problem": "Q {x}", "answer": "70", "id": "0"},
+        "70",
+    ),
+    ("hmmt_feb_2024", "test"): (
+        ("MathArena/hmmt_feb_2024", None, "train"),
+        {"problem_idx": 1, "problem": "Q {x}", "answer": "3"},
+        "3",
+    ),
     ("hmmt_feb_2025", "test"): (
+        ("MathArena/hmmt_feb_2025", None, "train"),
         {"problem_idx": 1, "problem": "Q {x}", "answer": r"\frac{1}{576}", "problem_type": ["A"]},
         r"\frac{1}{576}",
     ),
 }
-IDS = {  # hub id, config and split of each, from the sets' cards
-    ("math", "train"): ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
-    ("gsm8k", "train"): ("openai/gsm8k", "main", "train"),
-    ("gsm8k", "test"): ("openai/gsm8k", "main", "test"),
-    ("math500", "test"): ("HuggingFaceH4/MATH-500", None, "test"),
-    ("minerva", "test"): ("math-ai/minervamath", None, "test"),
-    ("olympiadbench", "test"): ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
-    ("amc23", "test"): ("math-ai/amc23", None, "test"),
-    ("aime24", "test"): ("HuggingFaceH4/aime_2024", None, "train"),
-    ("aime25", "test"): ("math-ai/aime25", None, "test"),
-    ("hmmt_feb_2024", "test"): ("MathArena/hmmt_feb_2024", None, "train"),
-    ("hmmt_feb_2025", "test"): ("MathArena/hmmt_feb_2025", None, "train"),
-}
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_bytes(text.encode())
-    return path
-
-
-# ---------------------------------------------------------------------------------------------
-# Datasets
-
-
-def test_every_registered_dataset_is_tried_below():
-    assert DATASETS.keys() == HUB.keys() == IDS.keys()
 
 
 @pytest.mark.parametrize("name, serves", HUB)
-def test_hub_datasets_give_question_and_answer(name, serves, monkeypatch):
-    row, answer = HUB[name, serves]
+def test_hub_datasets_give_question_answer_and_every_column(
+    name: str, serves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, source, answer = HUB[name, serves]
     asked = []
 
-    def load_dataset(path, name=None, split=None):
-        asked.append((path, name, split))
-        return datasets.Dataset.from_list([row, row])
+    def load_dataset(
+        path: str, config: str | None = None, split: str | None = None
+    ) -> datasets.Dataset:
+        asked.append((path, config, split))
+        return datasets.Dataset.from_list([source, source])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_problems(name, serves)
-    assert asked == [IDS[name, serves]]
-    assert [(p["question"], p["answer"]) for p in loaded] == [("Q {x}", answer)] * 2
-    assert len({p["id"] for p in loaded}) == 2
-    assert problems.split_gradable(name, loaded, "") == loaded
-    assert problems.grade([rf"\boxed{{{answer}}}"], [answer]) == [1.0]
+    rows = load_problems(name, serves)
+    assert asked == [place]
+    assert [(row["question"], row["answer"]) for row in rows] == [("Q {x}", answer)] * 2
+    assert [row["id"] for row in rows] == [f"{name}/0", f"{name}/1"]
+    for column, value in source.items():
+        if column not in ("id", "question", "answer"):
+            assert rows[0][column] == value, column
+    gradable, reasons = problems.keep_gradable(name, rows)
+    assert [row["answer"] for row in gradable] == [answer] * 2 and reasons == []
+    assert problems.reward(rf"So it is \boxed{{{answer}}}.", rows[0]) == 1.0
+    assert problems.reward(r"So it is \boxed{-77}.", rows[0]) == 0.0
 
 
-def test_hub_rows_without_an_answer_are_kept_to_be_named(monkeypatch, capsys):
-    row = HUB["olympiadbench", "test"][0] | {"final_answer": []}
-    table = datasets.Dataset.from_list([row, row | {"final_answer": ["5"]}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+def test_every_registered_dataset_can_be_asked_for() -> None:
+    """This holds for an entry that a fork adds, too."""
+    for name, dataset in DATASETS.items():
+        assert dataset.splits and dataset.splits.keys() <= {"train", "test"}, name
+        assert "{question}" in dataset.template, name
+        assert problems.reward_name(name), name
+        if dataset.test_set != "none":
+            assert "test" in DATASETS[dataset.test_set].splits, name
+
+
+def test_hub_rows_without_an_answer_are_kept_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, source, _ = HUB["olympiadbench", "test"]
+    sources = [source | {"final_answer": []}, source | {"final_answer": ["5"]}]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **options: datasets.Dataset.from_list(sources)
+    )
     rows = load_problems("olympiadbench")
-    gradable = problems.split_gradable("it", rows, "is dropped")
-    assert [p["answer"] for p in gradable] == ["5"]
-    assert capsys.readouterr().out.startswith(f"{rows[0]['id']} is dropped: ")
+    gradable, reasons = problems.keep_gradable("it", rows)
+    assert [row["answer"] for row in gradable] == ["5"]
+    assert len(reasons) == 1 and reasons[0].startswith("olympiadbench/0: ")
 
 
-def test_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch):
-    def load_dataset(*args, **kwargs):
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*arguments: object, **options: object) -> None:
         raise ConnectionError("offline\n  with a long explanation" + 1000 * "!")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    told = r"^cannot load amc23 .*math-ai/amc23.*offline with a long explanation!{200,400}$"
-    with pytest.raises(UserError, match=told):
+    says = r"^cannot load amc23 .*math-ai/amc23.*offline with a long explanation!{200,400}$"
+    with pytest.raises(UserError, match=says):
         load_problems("amc23")
 
 
-ROWS = [
-    {"question": "1 + 1?", "answer": "2", "id": "a"},
-    {"question": r"{braces} \frac12 ü", "answer": 3, "id": 7, "more": [1, 2]},
-    {"question": "x", "answer": 0.5, "id": "c"},
-]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "marked", "windows"])
-def test_local_files(kind, tmp_path):
-    """Also with a byte-order mark, with \\r\\n, and with U+2028, where str.splitlines would cut."""
-    rows = [row | {"answer": str(row["answer"]), "id": str(row["id"])} for row in ROWS]
-    rows = [{k: v for k, v in row.items() if k != "more"} for row in rows]
-    rows[0]["question"] = "1\u2028+ 1?"
-    path = tmp_path / f"mine.{kind if kind in ('json', 'parquet') else 'jsonl'}"
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if kind == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
-    elif kind == "json":
-        write(path, json.dumps(rows))
-    else:
-        text = {"jsonl": "\n".join(lines), "marked": "\ufeff" + "\n".join(lines) + "\n\n"}
-        write(path, text.get(kind, "\r\n".join(lines) + "\r\n"))
-    assert load_problems(str(path)) == rows
-
-
-def test_rows_without_id_get_one_that_depends_on_the_row_alone(tmp_path):
-    path = write(tmp_path / "q.jsonl", '{"question": "x", "answer": 1}\n' * 3)
-    assert [p["id"] for p in load_problems(str(path))] == ["q/0", "q/1", "q/2"]
-
-
-GOOD = '{"question": "x", "answer": "1", "id": "k"}\n'
-BAD_FILES = {
-    "missing": (None, "No such file"),
-    "empty": ("", "no rows"),
-    "torn line": (GOOD + '{"question": "y", "ans', "line 2"),
-    "no question": (GOOD + '{"problem": "y", "answer": "1"}', "row 2"),
-    "no answer": (GOOD + '{"question": "y"}', "row 2"),
-    "blank question": (GOOD + '{"question": " ", "answer": "1"}', "row 2"),
-    "question of another type": (GOOD + '{"question": 3, "answer": "1"}', "row 2"),
-    "row is no object": (GOOD + "[1, 2]", "row 2"),
-    "id twice": (GOOD + GOOD.replace("x", "y"), "'k'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_damaged_files_are_told_with_their_place(case, tmp_path):
-    text, says = BAD_FILES[case]
-    path = tmp_path / "bad.jsonl"
-    if text is not None:
-        write(path, text)
-    with pytest.raises(UserError) as told:
-        load_problems(str(path))
-    assert says in str(told.value) and "bad.jsonl" in str(told.value)
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.parametrize("name, text", [("b.parquet", "PAR1 no"), ("b.json", "{"), ("b.json", "3")])
-def test_damaged_json_and_parquet(name, text, tmp_path):
-    with pytest.raises(UserError, match=r"^[^\n]*$"):
-        load_problems(str(write(tmp_path / name, text)))
-
-
-def test_unknown_names_are_answered_with_the_known_ones():
+def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'nosuch'.*gsm8k.*math"):
         load_problems("nosuch", "train")
     with pytest.raises(UserError, match="math500"):
@@ -188,120 +164,270 @@ def test_unknown_names_are_answered_with_the_known_ones():
         load_problems("math500", "train")  # stage 1 must not learn from a benchmark
 
 
-def test_split_gradable_keeps_order_and_gives_reasons(capsys):
+# ---------------------------------------------------------------------------------------------
+# Local files
+
+ROWS = [
+    {"question": "1\u2028+ 1?", "answer": "2", "id": "a", "more": [1, 2]},
+    {"question": r"{braces} \frac12 ü", "answer": "3", "id": "7", "more": [3]},
+    {"question": "x", "answer": "0.5", "id": "c", "more": []},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "marked", "windows"])
+def test_local_files(kind: str, tmp_path: Path) -> None:
+    """With a byte-order mark, with CR LF, and with U+2028, where str.splitlines would cut."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    path = tmp_path / "mine.jsonl"
+    if kind == "parquet":
+        path = tmp_path / "mine.parquet"
+        datasets.Dataset.from_list(ROWS).to_parquet(str(path))
+    elif kind == "json":
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(ROWS), "utf-8")
+    elif kind == "marked":
+        path.write_text("\n".join(lines) + "\n\n", "utf-8-sig")
+    elif kind == "windows":
+        path.write_bytes("\r\n".join(lines).encode() + b"\r\n")
+    else:
+        path.write_text("\n".join(lines), "utf-8")
+    assert load_problems(str(path)) == [row | {"_task": "math"} for row in ROWS]
+
+
+def test_numbers_are_answers_and_ids_become_text(tmp_path: Path) -> None:
+    rows = [{"question": "x", "answer": 3, "id": 7}, {"question": "y", "answer": 0.5, "id": 8}]
+    loaded = load_problems(str(write_lines(tmp_path / "q.jsonl", rows)))
+    assert [row["id"] for row in loaded] == ["7", "8"]
+    assert [problems.reward(r"\boxed{3}", row) for row in loaded] == [1.0, 0.0]
+
+
+def test_rows_without_id_get_one_that_depends_on_the_row_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "q.jsonl", [{"question": "x", "answer": 1}] * 3)
+    assert [row["id"] for row in load_problems(str(path))] == ["q/0", "q/1", "q/2"]
+
+
+GOOD = '{"question": "x", "answer": "1", "id": "k"}\n'
+BAD_FILES = {  # name: content, what the error says
+    "missing": (None, "No such file"),
+    "empty": ("", "no rows"),
+    "torn line": (GOOD + '{"question": "y", "ans', "line 2"),
+    "no question": (GOOD + '{"problem": "y", "answer": "1"}', "row 2"),
+    "no answer": (GOOD + '{"question": "y"}', "row 2"),
+    "blank question": (GOOD + '{"question": " ", "answer": "1"}', "row 2"),
+    "question of another type": (GOOD + '{"question": 3, "answer": "1"}', "row 2"),
+    "row is no object": (GOOD + "[1, 2]", "line 2"),
+    "id twice": (GOOD + GOOD.replace("x", "y"), "'k'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_damaged_files_are_told_with_their_place(case: str, tmp_path: Path) -> None:
+    content, says = BAD_FILES[case]
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        load_problems(str(path))
+    assert says in str(error.value) and "bad.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, text", [("b.parquet", "PAR1 no"), ("b.json", "{"), ("b.json", "3")])
+def test_damaged_json_and_parquet(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"^[^\n]*$"):
+        load_problems(str(tmp_path / name))
+
+
+def test_answers_that_cannot_be_graded_are_named_and_the_others_keep_their_order() -> None:
     answers = ["1", "", 2, None, "{", True, "a word", float("nan"), 0.25]
-    rows = [{"id": str(i), "question": "q", "answer": a} for i, a in enumerate(answers)]
-    gradable = problems.split_gradable("it", rows, "counts as wrong")
-    assert [(p["id"], p["answer"]) for p in gradable] == [
-        *[("0", "1"), ("2", "2"), ("6", "a word"), ("8", "0.25")]
-    ]
-    told = [
-        line.partition(" counts as wrong: its answer is ")
-        for line in capsys.readouterr().out.splitlines()
-    ]
-    assert [key for key, _, _ in told] == ["1", "3", "4", "5", "7"] and all(why for *_, why in told)
+    rows = []
+    for i, answer in enumerate(answers):
+        rows.append({"id": f"k{i}", "question": "q", "answer": answer, "_task": "math"})
+    gradable, reasons = problems.keep_gradable("it", rows)
+    kept = [(row["id"], row["answer"]) for row in gradable]
+    assert kept == [("k0", "1"), ("k2", "2"), ("k6", "a word"), ("k8", "0.25")]
+    assert [reason.split(":")[0] for reason in reasons] == ["k1", "k3", "k4", "k5", "k7"]
+    with pytest.raises(UserError, match="it: no row has an answer that can be graded"):
+        problems.keep_gradable("it", [rows[1]])
 
 
 # ---------------------------------------------------------------------------------------------
-# Prompts and seeds
+# Prompts
 
 
 @given(st.text())
-def test_prompt_holds_any_question_untouched(question):
+def test_a_prompt_holds_any_question_untouched(question: str) -> None:
     """str.format would choke on the braces of LaTeX."""
-    before, after = problems.PROMPT_TEMPLATE.split("{question}")
+    before, after = problems.BOXED_TEMPLATE.split("{question}")
     assert problems.format_prompt(question) == before + question + after
 
 
-def test_prompt_asks_for_what_the_reward_reads():
+def test_a_prompt_asks_for_what_the_reward_reads() -> None:
     assert r"\boxed{}" in problems.format_prompt("q")
 
 
-def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path):
-    path = write(tmp_path / "s.jsonl", r'{"question": "a \ud800 b", "answer": "1"}')
-    (row,) = load_problems(str(path))
+def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_text(r'{"question": "a \ud800 b", "answer": "1"}')
+    (row,) = load_problems(str(tmp_path / "s.jsonl"))
     row["question"].encode()
 
 
-keys = st.tuples(st.integers(0, 99), st.integers(0, 999), st.text(max_size=9), st.integers(0, 99))
+CHAT = """{% if think %}<think>{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
-@given(st.lists(keys, min_size=2, max_size=2, unique=True))
-def test_every_response_has_its_own_seed(pair):
-    first, second = (problems.response_seed(*key) for key in pair)
-    assert first != second and first == problems.response_seed(*pair[0])
-    assert 0 <= first < 2**63, "vLLM takes an int64"
+def chat_tokenizer(template: str = CHAT) -> object:
+    """Make a tokenizer that puts a BOS before a text, as Llama's does, and has a chat template."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def test_seed_is_the_same_tomorrow():
-    """Python's own hash() differs from process to process, and a resumed run with it."""
-    code = "import problems; print(problems.response_seed(0, 1, 'math/2', 3))"
-    root = Path(problems.__file__).parent
-    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert int(told.stdout) == problems.response_seed(0, 1, "math/2", 3)
+def test_a_base_model_is_asked_with_the_template_alone() -> None:
+    tokenizer = chat_tokenizer()
+    prompt = problems.make_prompt({"id": "a", "question": "{x}?"}, PLAIN, tokenizer)
+    assert prompt.text == problems.format_prompt("{x}?")
+    assert prompt.ids[0] == 256 and tokenizer.decode(prompt.ids[1:]) == prompt.text
+    assert prompt.row["id"] == "a"
+
+
+def test_a_chat_model_is_asked_in_its_template_once_with_special_tokens() -> None:
+    tokenizer = chat_tokenizer()
+    row = {"id": "a", "question": "1 + 1?"}
+    prompt = problems.make_prompt(row, PromptStyle("Q: {question}", True), tokenizer)
+    assert prompt.text == "<user>Q: 1 + 1?\n<assistant>"
+    assert tokenizer.decode(prompt.ids) == prompt.text  # no second BOS
+    style = problems.prompt_style("Q: {question}", True, "Be brief.", '{"think": true}')
+    prompt = problems.make_prompt(row, style, tokenizer)
+    assert prompt.text == "<think><system>Be brief.\n<user>Q: 1 + 1?\n<assistant>"
+    again = problems.make_prompt(row, style, tokenizer, prompt.text)  # as stage 2 does
+    assert again.ids == prompt.ids
+
+
+def test_a_chat_template_that_fails_is_a_users_mistake() -> None:
+    style = PromptStyle(chat_template=True, system_prompt="Be brief.")
+    tokenizer = chat_tokenizer("{{ raise_exception('no system turn') }}")
+    with pytest.raises(UserError, match="no system turn"):
+        problems.format_prompt("q", style, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ((False, "Be brief.", None), "--chat-template"),
+        ((False, None, '{"think": true}'), "--chat-template"),
+        ((True, None, "{think: true}"), "not a JSON object"),
+        ((True, None, "[1]"), "not a JSON object"),
+    ],
+)
+def test_prompt_flags_that_do_not_fit_together(flags: tuple, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        problems.prompt_style("{question}", *flags)
 
 
 # ---------------------------------------------------------------------------------------------
-# Files and arguments
+# Rewards
 
 
-def test_write_whole_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    problems.write_whole(path, "old")
-
-    def power_cut(*args):
-        raise OSError("power cut")
-
-    monkeypatch.setattr(problems.os, "replace", power_cut)
-    with pytest.raises(OSError, match="power cut"):
-        problems.write_whole(path, "new")
-    monkeypatch.undo()
-    assert path.read_text() == "old"
-    problems.write_whole(path, "new ü")
-    assert path.read_text("utf-8") == "new ü" and [p.name for p in tmp_path.iterdir()] == [
-        path.name
-    ]
+def score_backwards(response: str, row: dict) -> float:
+    """Score the letters that stand where the word's do, read backwards; between -1 and 1."""
+    if response == "raise":
+        raise ZeroDivisionError("a fault in the reward function")
+    if response == "nan":
+        return float("nan")
+    backwards = row["word"][::-1]
+    return sum(x == y for x, y in zip(response, backwards, strict=False)) / len(backwards) * 2 - 1
 
 
-def test_json_of_ours_is_read_back_only_as_it_was_written(tmp_path):
-    path, document = tmp_path / "values.json", {"header": {"a": 1}, "prompts": [{"v": [0.1, 1.0]}]}
-    problems.write_json(path, document)
-    text = path.read_text()
-    saved = problems.read_json(path, ours=True)
-    assert re.fullmatch("[0-9a-f]{64}", saved.pop("sha256")) and saved == document
-    for damaged in (text.replace("0.1", "0.2"), text.replace("header", "heeder"), text[:-9], "[]"):
-        path.write_text(damaged)
-        with pytest.raises(UserError, match=r"values\.json"):
-            problems.read_json(path, ours=True)
+BACKWARDS = Dataset(
+    source="words-{split}.jsonl",
+    splits={"train": "train", "test": "dev"},
+    question=lambda row: "Write backwards: " + row["word"],
+    answer=lambda row: row["word"][::-1],
+    template="{question}\n",
+    reward=score_backwards,
+    test_set="backwards",
+)
 
 
-def test_differences_are_named_with_both_values():
-    saved = {"temperature": 1.0, "seed": 0, "more": 1}
-    problems.refuse_difference("it", saved, {"temperature": 1.0, "seed": 0})
-    with pytest.raises(UserError, match=r"temperature 1\.0, not 0\.5.*seed 0, not 3"):
-        problems.refuse_difference("it", saved, {"temperature": 0.5, "seed": 3})
+@pytest.fixture
+def backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Register a task that is not mathematics, as a fork does, and return its name."""
+    for split, words in (("train", ["abc", "word"]), ("dev", ["xy"])):
+        rows = [{"word": word, "source": {"page": i}} for i, word in enumerate(words)]
+        write_lines(tmp_path / f"words-{split}.jsonl", rows)
+    source = str(tmp_path / "words-{split}.jsonl")
+    entry = dataclasses.replace(BACKWARDS, source=source)
+    monkeypatch.setitem(DATASETS, "backwards", entry)
+    return "backwards"
 
 
-@pytest.mark.parametrize("value", [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf])
-def test_numbers_out_of_range(value):
-    with pytest.raises(UserError, match="--batch-size"):
-        problems.check_args(SimpleNamespace(out="o", batch_size=value))
-    problems.check_args(
-        SimpleNamespace(out="o", batch_size=1, seed=0, name="", flag=False, none=None)
-    )
+def test_an_entry_is_all_that_a_task_needs(backwards: str) -> None:
+    rows = load_problems(backwards, "train")
+    assert [row["id"] for row in rows] == ["backwards/0", "backwards/1"]
+    assert rows[1]["question"] == "Write backwards: word" and rows[1]["answer"] == "drow"
+    assert rows[1]["word"] == "word" and rows[1]["source"] == {"page": 1}
+    assert [row["word"] for row in load_problems(backwards, "test")] == ["xy"]
+    assert problems.keep_gradable(backwards, rows) == (rows, [])  # only mathematics is checked
+    assert problems.reward("drow", rows[1]) == 1.0
+    assert problems.reward("dog", rows[1]) == -0.5
+    assert problems.submit_reward("dxxx", rows[1]).result() == -0.5
 
 
-def test_beta1_may_be_infinite_and_named_flags_zero():
-    problems.check_args(SimpleNamespace(out="o", beta1=math.inf, limit=0), "limit")
-    with pytest.raises(UserError, match="--limit -1"):
-        problems.check_args(SimpleNamespace(out="o", limit=-1), "limit")
+def test_headers_name_the_reward(backwards: str) -> None:
+    assert problems.reward_name(backwards).endswith("score_backwards")
+    assert problems.reward_name(backwards) != problems.reward_name("math")
+    assert problems.reward_name("math") == problems.reward_name("gsm8k")
 
 
-def test_nothing_heavy_is_imported_at_the_top():
-    """The file is the grading worker as well: torch or vllm there is 10 s and a GB for each."""
-    code = "import problems, sys; print([m for m in sys.modules if m in sys.argv[1:]])"
-    heavy = ["torch", "vllm", "transformers", "datasets", "sympy", "math_verify"]
-    root = Path(problems.__file__).parent
-    command = [sys.executable, "-c", code, *heavy]
-    told = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert told.stdout.strip() == "[]", told
+@pytest.mark.parametrize("response, cause", [("raise", "ZeroDivisionError"), ("nan", "nan")])
+def test_a_fault_in_a_reward_stops_the_run_with_the_row_and_is_no_zero(
+    response: str, cause: str, backwards: str
+) -> None:
+    row = load_problems(backwards, "train")[1]
+    prompt = Prompt(row, "", [])
+    sampled = Response(0, prompt, 0, [1], response, finished=True, sampler_logp=[])
+    with pytest.raises(RuntimeError, match="backwards/1") as error:
+        engine.start_grading(sampled)
+    assert cause in str(error.value) + repr(error.value.__cause__)
+
+
+def test_a_response_that_did_not_finish_earns_zero_in_every_task(backwards: str) -> None:
+    for row in (*load_problems(backwards, "train"), {"id": "m", "answer": "1", "_task": "math"}):
+        text = r"\boxed{1}" if row["_task"] == "math" else row["word"][::-1]
+        for finished, reward in ((True, 1.0), (False, 0.0)):
+            response = Response(0, Prompt(row, "", []), 0, [1], text, finished, sampler_logp=[])
+            engine.start_grading(response)
+            engine.wait_for_reward(response)
+            assert response.reward == reward and engine.is_graded(response)
+
+
+def test_a_plain_answer_is_that_of_a_math_problem() -> None:
+    assert problems.reward(r"\boxed{0.5}", r"\frac{1}{2}") == 1.0
+    assert problems.reward(r"\boxed{0.5}", 2) == 0.0
+    assert problems.reward(r"\boxed{0.5}", {"id": "a", "answer": "0.5"}) == 1.0
+    with pytest.raises(ValueError):
+        problems.reward(r"\boxed{0.5}", {"id": "a", "answer": ""})
+
+
+def test_the_default_test_set_belongs_to_the_training_set() -> None:
+    assert DATASETS["math"].test_set == "math500"
+    assert DATASETS["gsm8k"].test_set == "gsm8k"
+
+
+def test_another_task_is_asked_in_its_own_template(backwards: str) -> None:
+    """A model that learned one template for mathematics is asked all mathematics in it."""
+    style_of: Callable = problems.style_of_task
+    trained = PromptStyle(template="Trained: {question}", chat_template=True)
+    assert style_of(trained, "gsm8k", problems.reward_name("math")) == trained
+    asked = style_of(trained, backwards, problems.reward_name("math"))
+    assert asked == dataclasses.replace(trained, template="{question}\n")
+    assert style_of(trained, backwards, problems.reward_name(backwards)) == trained
+    # A model that was not trained here is asked as stage 1 would ask it.
+    assert style_of(trained, "gsm8k", None).template == DATASETS["gsm8k"].template

@@ -1,140 +1,121 @@
-"""The speed experiment: its arithmetic, what it counts and draws. No time is asserted anywhere."""
+"""The speed experiment: what it compares, counts and draws. No time is asserted anywhere."""
 
 import json
-import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
-import losses
-from experiments import engine, speed
-from problems import UserError
+from apo import policy
+from apo.engine import Response
+from apo.problems import Prompt
+from experiments import speed
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 300,
+    "tie_word_embeddings": True,
+}
 
 
-def phases(**seconds: float) -> dict[str, float]:
-    filled = dict.fromkeys(speed.PHASES, 0.0) | seconds
-    return filled | {"total": sum(filled.values())}
+def step_seconds(**seconds: float) -> dict[str, float]:
+    return dict.fromkeys(speed.PARTS, 0.0) | seconds
 
 
 def test_a_ratio_is_of_the_same_step():
-    """A busy minute doubles a step and its floor; a ratio of medians would show it, or hide one."""
-    real = [phases(generate=2.2, rest=0.0), phases(generate=1.1), phases(generate=4.4)]
-    floor = [phases(generate=2.0), phases(generate=1.0), phases(generate=4.0)]
-    rows = speed.medians(real, floor)
-    assert rows["generate"] == {"seconds": 2.2, "floor": 2.0, "ratio": pytest.approx(1.1)}
-    assert rows["total"]["ratio"] == pytest.approx(1.1)
-    assert "ratio" not in rows["grade"]  # it has no floor
+    """A busy minute doubles a step and its floor. A ratio of medians would show it, or hide one."""
+    real = [step_seconds(generate=g, grade=0.5) for g in (2.2, 1.1, 8.8)]
+    floor = [step_seconds(generate=g) for g in (2.0, 1.0, 4.0)]
+    rows = speed.make_rows(real, floor)
+    assert rows["generate"] == speed.Row(2.2, 2.0, pytest.approx(1.1))
+    assert rows["grade"] == speed.Row(0.5, 0.0, None)
+    assert rows["total"] == speed.Row(2.7, 2.0, pytest.approx(1.6))
 
 
-def test_rates_count_what_each_phase_does():
-    """Backward is two forwards; a rank does its share; MFU is over the measured matrix rate."""
-    seconds = {"generate": 1.0, "ref log-prob": 1.0, "forward and backward": 3.0, "sync": 1.0}
-    rows = speed.medians([phases(**seconds)], [phases(**seconds)])
-    mfu = speed.add_rates(rows, fed=600, drawn=300, flops=8e12, world=2, rate=8e12)
-    assert mfu == pytest.approx(0.5)
-    assert rows["forward and backward"]["mfu"] == pytest.approx(0.5)
-    assert rows["ref log-prob"]["tflops"] == pytest.approx(4)
-    assert rows["ref log-prob"]["tokens_per_second"] == 600
-    assert rows["generate"]["tokens_per_second"] == 300
-    assert rows["total"]["tokens_per_second"] == 50
-    text = speed.table(rows)
-    assert len(text) == 1 + len(rows) and "50.0%" in text[4] and "nan" not in "".join(text)
-
-
-def test_forward_flops_are_those_that_torch_counts():
-    """Torch counts attention in full where a causal one does half, and every row of the head."""
-    config = Qwen2Config(**speed.TINY, attn_implementation="eager")
-    lm, length = Qwen2ForCausalLM(config), 24
-    with FlopCounterMode(display=False) as counter:
-        lm(torch.zeros(1, length, dtype=torch.long))
-    pairs = 2 * config.hidden_size * config.num_hidden_layers * length**2
-    rows_of_head = 2 * config.hidden_size * config.vocab_size * (length - 5)
-    expected = counter.get_total_flops() - pairs - rows_of_head
-    assert speed.forward_flops(lm, [(length + 1 - 5, 5)]) == expected
-
-
-def test_the_floor_computes_the_same_log_probs(monkeypatch):
-    """A floor that left something out would flatter nobody but the table."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("packed", losses.packed_attention)
-    config = Qwen2Config(**speed.TINY, attn_implementation="packed")
-    lm = Qwen2ForCausalLM(config)
-    inputs, _ = losses.pack([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
-    inputs |= {"temperature": 0.7}
-    plain = speed.bare_logprob(lm, inputs)
-    monkeypatch.setattr(speed, "MOST_LOGITS", 0)
-    torch.testing.assert_close(speed.bare_logprob(lm, inputs), plain)
-    lm.set_attn_implementation("eager")
-    logits = lm(torch.tensor([[1, 2, 3, 5]])).logits[0, 2:] / 0.7
-    expected = logits.log_softmax(-1).gather(1, torch.tensor([[5], [6]]))[:, 0]
-    torch.testing.assert_close(plain[:2], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_phase_inside_another_is_taken_out_of_it(monkeypatch):
-    now = iter(range(100))
-    monkeypatch.setattr(speed.Stopwatch, "clock", staticmethod(lambda: next(now)))
-    watch = speed.Stopwatch()
-    watch.switch("generate")
-    watch.inside("optimiser", lambda: None)()
-    watch.switch()
-    watch.switch("sync")
-    watch.switch()
-    assert watch.seconds == {"generate": 2, "optimiser": 1, "sync": 1}
-
-
-def test_turns_alternate():
+def test_the_real_thing_and_its_floor_take_turns():
     done = []
     for number in range(2):
         speed.in_turns(number, lambda: done.append("floor"), lambda: done.append("real"))
     assert done == ["floor", "real", "real", "floor"]
 
 
-def test_lengths_have_a_long_tail():
-    lengths = speed.long_tail(4096, 300, 1024, seed=0)
-    assert statistics.mean(lengths) == pytest.approx(300, rel=0.01)
-    assert statistics.median(lengths) < 225 and max(lengths) == 1024 and min(lengths) >= 1
-    assert lengths == speed.long_tail(4096, 300, 1024, seed=0)
+def test_forward_flops_are_those_that_torch_counts():
+    """Torch counts attention in full, where a causal one does half, and every row of the head."""
+    lm = Qwen2ForCausalLM(Qwen2Config(**TINY, attn_implementation="eager"))
+    length = 24
+    response_length = 5
+    with FlopCounterMode(display=False) as counter:
+        lm(torch.zeros(1, length, dtype=torch.long))
+    other_half = 2 * TINY["hidden_size"] * TINY["num_hidden_layers"] * length**2
+    prompt_rows = 2 * TINY["hidden_size"] * TINY["vocab_size"] * (length - response_length)
+    expected = counter.get_total_flops() - other_half - prompt_rows
+    # The last token of a response is not put in.
+    prompt = Prompt({}, "", [0] * (length + 1 - response_length))
+    response = Response(0, prompt, 0, [0] * response_length, "", True, [])
+    assert speed.forward_flops(lm, [response]) == expected
 
 
-@pytest.mark.parametrize("num_ranks", [1, 8])
-def test_hardly_a_row_is_computed_in_vain(num_ranks):
-    lengths = speed.long_tail(256, 300, 1024, seed=1)
-    assert speed.padding(lengths, 100, num_ranks, 8192)["padding"] <= 1.05
+def test_the_floor_computes_the_same_log_probs(monkeypatch: pytest.MonkeyPatch):
+    """A floor that left something out would make our ratio look bad."""
+    AttentionInterface.register("packed", policy.packed_attention)
+    lm = Qwen2ForCausalLM(Qwen2Config(**TINY, attn_implementation="packed"))
+    inputs, _ = policy.pack([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
+    inputs["temperature"] = 0.7
+    expected = policy.Policy(lm)(**inputs)
+    torch.testing.assert_close(speed.bare_logprob(lm, inputs), expected)
+    monkeypatch.setattr(speed, "MOST_LOGITS", 0)
+    torch.testing.assert_close(speed.bare_logprob(lm, inputs), expected)
 
 
-def test_padding_counts_micro_batches_without_a_share():
-    """One sequence for two ranks: the second computes it as well, for nothing."""
-    assert speed.padding([10], 5, 2, 8192)["padding"] == 2
-    assert speed.padding([10, 4], 5, 1, 8192)["padding"] == 1
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_padding_counts_what_the_trainer_computes(num_ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """For 5 sequences on 8 ranks, 3 ranks compute a copy of the first one."""
+    prompt = Prompt({}, "", [0] * 10)
+    responses = [Response(i, prompt, 0, [0] * (i + 1), "", True, [], 0.0) for i in range(5)]
+    lengths = [policy.num_input_tokens(response) for response in responses]
+    computed = 0
+    for rank in range(num_ranks):
+        monkeypatch.setattr(policy.dist, "get_world_size", lambda: num_ranks)
+        monkeypatch.setattr(policy.dist, "get_rank", lambda rank=rank: rank)
+        for batch in policy.make_micro_batches(responses, 1.0, 25):
+            computed += batch.inputs["input_ids"].numel()
+    assert speed.padding(lengths, num_ranks, 25) == pytest.approx(computed / sum(lengths))
 
 
 def test_log_prob_takes_a_fraction_of_plain_logits():
-    """Measured small, in processes of their own: 96 MiB of logits, a chunk is a sixteenth."""
-    rows = speed.compare_logprob([64], (1024, 24_000, 64))
-    assert rows[64]["ratio"] < 0.5 and rows[64]["error"] < 1e-5, rows
-    assert rows[0]["gib"] > 2 * 1024 * 24_000 * 4 / 2**30, rows
+    """Measured small, in own processes: 187 MiB of logits, of which a chunk is a quarter."""
+    data, lines = speed.measure_logprob(num_tokens=2048, num_words=24_000)
+    assert 0.1 < data["logprob_memory_ratio"] < 0.6, lines
+    assert 0 < data["logprob_error"] < 1e-5, lines
 
 
-def test_every_part_of_the_engine_is_timed(run, model, dataset, tmp_path):
-    """A function that the engine no longer calls by that name would leave its part at nothing."""
-    arguments = ("--model", model, "--dataset", dataset, "--prompts", "4", "--batch-size", "4")
-    limits = ("--max-prompt-tokens", "160", "--max-tokens", "48", "--rounds", "1")
-    told = run("-m", "experiments.engine", *arguments, *limits, "--out", tmp_path / "engine")
+def test_every_part_of_a_step_is_measured(run: Callable, tmp_path: Path):
+    """A part that the trainer no longer does by that name would leave its row at nothing."""
+    config = Qwen2Config(**TINY)
+    values = speed.make_random_model(
+        config, num_prompts=8, max_tokens=12, folder=tmp_path / "model"
+    )
+    told = run(
+        "-m",
+        "experiments.speed",
+        *("--values", values, "--batch-size", "4", "--num-steps", "2", "--stage1-prompts", "2"),
+        *("--logprob-tokens", "0", "--results", tmp_path / "speed"),
+    )
     assert told.code == 0, told.all
-    results = json.loads((tmp_path / "engine.json").read_text())
-    first, second = (load for load in results.values() if isinstance(load, dict))
-    for load in (first, second):
-        assert all(load[part] > 0 for part in engine.PARTS), load
-        assert sum(load[part] for part in engine.PARTS) == pytest.approx(load["total"])
-    assert first["tokens"] > second["tokens"] >= 4 and second["steps"] > 4
-
-
-def test_mistakes_are_told(monkeypatch):
-    with pytest.raises(UserError, match="no shape 70b"):
-        speed.shape_of("70b")
-    monkeypatch.setattr("sys.argv", ["speed", "--model", "m"])
-    with pytest.raises(UserError, match="--model and --values, or --shape"):
-        speed.check(speed.parse_args())
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert results["parts"].keys() == {*speed.PARTS, "total"}
+    for part, row in results["parts"].items():
+        assert row["seconds"] > 0, part
+        assert (row["floor"] > 0) == (part not in ("grade", "pack")), part
+    assert results["stage1_over_engine"] > 0
+    # 4 responses of 12 tokens: a model of random weights hardly ever says EOS.
+    tokens = results["tokens_per_second"] * results["parts"]["total"]["seconds"]
+    assert 24 < tokens <= 48
+    assert "step_over_floor" in results and "A step, median of 2" in told.out

@@ -1,28 +1,37 @@
 """The toy: what its reference learns from and what it is tested on. (`make demo` trains it.)"""
 
 import random
+import sys
 import unicodedata
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import problems
+from apo import math_reward
+from apo.files import UserError, read_json, read_jsonl
+from apo.problems import format_prompt
 from experiments import toy
 
-EVERY_KIND = [
-    problem
-    for _, problem in sorted(
-        {len(str(p.a)): p for p in map(toy.draw_problem, [random.Random(0)] * 500)}.items()
-    )
-]
+
+def draw_every_kind() -> list[toy.Problem]:
+    """Draw one problem of each number of digits, short ones first."""
+    rng = random.Random(0)
+    by_digits = {}
+    for _ in range(500):
+        problem = toy.draw_problem(rng)
+        by_digits[len(str(problem.a))] = problem
+    return [by_digits[digits] for digits in sorted(by_digits)]
+
+
+EVERY_KIND = draw_every_kind()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """As the stages load it: AutoTokenizer puts its own class in the place of the one saved."""
+    """Load the tokenizer as the stages do: AutoTokenizer chooses a class of its own."""
     folder = tmp_path_factory.mktemp("reference")
     made = toy.make_tokenizer()
     made.save_pretrained(folder)
@@ -36,13 +45,15 @@ def test_every_kind_is_drawn():
 
 @pytest.mark.parametrize("problem", EVERY_KIND, ids=lambda p: p.question)
 def test_careful_teacher_earns_the_reward(problem):
-    assert problems.reward(toy.work(problem, bad_day=False), problem.answer) == 1.0
+    assert math_reward.reward(toy.work(problem, bad_day=False), problem.answer) == 1.0
 
 
-def test_careful_teacher_is_right_and_forgetful_teacher_wrong_where_something_is_carried():
+def test_a_bad_day_gives_a_wrong_answer_wherever_something_is_carried():
     rng = random.Random(1)
-    for problem in (toy.draw_problem(rng) for _ in range(2000)):
-        careful, forgetful = toy.work(problem, False), toy.work(problem, True)
+    for _ in range(2000):
+        problem = toy.draw_problem(rng)
+        careful = toy.work(problem, bad_day=False)
+        forgetful = toy.work(problem, bad_day=True)
         assert careful.endswith(f"\\boxed{{{problem.answer}}}")
         assert forgetful.endswith(f"\\boxed{{{problem.answer}}}") == (careful == forgetful)
 
@@ -61,6 +72,7 @@ def test_worked_by_hand(problem, careful, forgetful):
         assert text == lines.replace(" ", "\n").replace("{", "\\boxed{")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives_the_tokenizer(tokenizer, text):
     """Up to Unicode's NFC, to which Qwen's tokenizer normalizes."""
@@ -70,12 +82,12 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
 
 def test_saved_tokenizer_splits_as_the_one_trained_with(tokenizer):
     for problem in EVERY_KIND:
-        for text in problems.format_prompt(problem.question), toy.work(problem, False):
+        for text in format_prompt(problem.question), toy.work(problem, False):
             ids = tokenizer(text).input_ids
             assert ids == toy.make_tokenizer()(text).input_ids
             digits = [character for character in text if character.isdigit()]
             assert [t for t in tokenizer.convert_ids_to_tokens(ids) if t.isdigit()] == digits
-    assert len(tokenizer(problems.format_prompt("")).input_ids) == 1
+    assert len(tokenizer(format_prompt("")).input_ids) == 1
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
@@ -88,12 +100,14 @@ def test_test_problems_are_in_neither_training_set(tokenizer):
     train, test = toy.draw_sets(random.Random(0), 200, 100)
     assert len({*train, *test}) == 300
     rng = random.Random(0)
-    prompts = {tuple(tokenizer(problems.format_prompt(p.question)).input_ids) for p in test}
+    prompts = {tuple(tokenizer(format_prompt(p.question)).input_ids) for p in test}
     batches = toy.draw_batches(rng, tokenizer, set(test), 64)
     seen = set()
-    for ids, labels in (next(batches) for _ in range(60)):
-        lengths = (labels != -100).int().argmax(1)
-        seen |= {tuple(row[:n].tolist()) for row, n in zip(ids, lengths, strict=True)}
+    for _ in range(60):
+        batch = next(batches)
+        prompt_lengths = (batch.labels != -100).int().argmax(1)
+        for ids, length in zip(batch.ids, prompt_lengths, strict=True):
+            seen.add(tuple(ids[:length].tolist()))
     assert len(seen) > 2000
     assert not seen & prompts
 
@@ -113,24 +127,81 @@ def test_seed_gives_the_data():
     assert sets[0] == sets[1] != sets[2]
 
 
-def test_folder_in_use_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "reference").mkdir()
-    monkeypatch.setattr("sys.argv", ["toy", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit_:
-        problems.run(toy.main)
-    assert exit_.value.code == 2
-    assert "reference exists" in capsys.readouterr().err
-
-
-def test_toy_is_written_whole_and_loads(tmp_path, monkeypatch, capsys):
-    """Two steps only. What the reference learns is measured by `make demo`."""
+def make_toy(folder, monkeypatch, *flags: str) -> None:
+    """Make a toy of two steps. `make demo` measures what the reference learns."""
     sizes = ["--num-steps=2", "--batch-size=4", "--num-train=20", "--num-test=10"]
-    monkeypatch.setattr("sys.argv", ["toy", "--out", str(tmp_path / "toy"), *sizes])
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # it outlives the test
+    monkeypatch.setattr(sys, "argv", ["toy", "--out", str(folder), *sizes, *flags])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # it outlives the test
     toy.main()
-    assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == [
-        "reference", "test.jsonl", "train.jsonl",
-    ]  # fmt: skip
-    rows = problems.load_problems(str(tmp_path / "toy" / "test.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Make a toy of seed 0 once for the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("made") / "toy"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_toy(folder, monkeypatch)
+    return folder
+
+
+def contents(folder) -> dict[str, tuple[int, bytes]]:
+    """Return every file below a folder with its time and its bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_toy_is_written_and_loads(made):
+    names = sorted(path.name for path in made.iterdir())
+    assert names == ["reference", "settings.json", "test.jsonl", "train.jsonl"]
+    rows = read_jsonl(made / "test.jsonl")
     assert len(rows) == 10 and set(rows[0]) == {"id", "question", "answer"}
-    assert "20 training and 10 test problems" in capsys.readouterr().out
+    assert len(read_jsonl(made / "train.jsonl")) == 20
+    assert read_json(made / "settings.json")["seed"] == 0
+    AutoModelForCausalLM.from_pretrained(made / "reference")
+    AutoTokenizer.from_pretrained(made / "reference")
+
+
+def test_same_seed_gives_the_same_weights_and_shows_its_progress(
+    made, tmp_path, monkeypatch, capsys
+):
+    make_toy(tmp_path / "again", monkeypatch, "--keep")  # there is nothing to keep
+    out = capsys.readouterr().out
+    assert "step    1 of 2" in out and "s left" in out
+    assert "20 training and 10 test problems" in out
+    make_toy(tmp_path / "other", monkeypatch, "--seed=1")
+    weights = "reference/model.safetensors"
+    first = (made / weights).read_bytes()
+    assert first == (tmp_path / "again" / weights).read_bytes()
+    assert first != (tmp_path / "other" / weights).read_bytes()
+
+
+def test_keep_leaves_a_toy_of_the_same_settings_as_it_is(made, monkeypatch, capsys):
+    before = contents(made)
+    make_toy(made, monkeypatch, "--keep")
+    assert "kept" in capsys.readouterr().out
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep", "--seed=1"], "seed 0, not 1"),
+        (["--keep", "--num-steps=3"], "num_steps 2, not 3"),
+        ([], "reference exists"),
+        (["--num-train=0"], "--num-train must be at least 1, not 0"),
+    ],
+)
+def test_another_toy_in_the_folder_is_refused_and_left_alone(made, monkeypatch, flags, message):
+    before = contents(made)
+    with pytest.raises(UserError, match=message):
+        make_toy(made, monkeypatch, *flags)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("name", ["settings.json", "train.jsonl", "test.jsonl"])
+def test_keep_wants_a_complete_toy(tmp_path, monkeypatch, name):
+    (tmp_path / "reference").mkdir()
+    for each in {"settings.json", "train.jsonl", "test.jsonl"} - {name}:
+        (tmp_path / each).touch()
+    with pytest.raises(UserError, match=name):
+        make_toy(tmp_path, monkeypatch, "--keep")
