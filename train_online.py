@@ -2,7 +2,7 @@
 
 A step is numbered 1 to 6 in `train`: draw prompts, sample a response to each from the policy, score
 it, take ln pi_ref, regress beta2 ln(pi / pi_ref) onto r - V*, give the new weights to the engine.
-To one who knows other trainers:
+If you know other trainers:
 
 1. There is no critic and no group of responses. The baseline is V*, which stage 1 has computed.
 2. There is no importance ratio and no clipping. The loss is a squared error, in losses.py.
@@ -16,7 +16,7 @@ It uses all GPUs of this machine, or the CPU if there is none. On several machin
 with torchrun (docs/hardware.md).
 """
 
-import apo  # noqa: F401 - first, since it says what to do without the environment
+import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
 
 # isort: split
 import argparse
@@ -83,11 +83,13 @@ class Algorithm(NamedTuple):
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
     # statistics by name, (B,) each. The update minimises the mean over all sequences.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
-    # Adds numbers to the responses of a step, such as advantages; micro-batches carry them along.
+    # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
+    # MicroBatch.numbers under the same name.
     credit: Callable[[list[Response]], None] | None = None
-    # Is called with the policy and the step's updates, before the first one moves the weights.
+    # Is called with the policy and the step's micro-batches, before the first update moves the
+    # weights. It may put what it computes into MicroBatch.extra.
     prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
-    # So many responses that follow each other stay in one micro-batch.
+    # Keep this many consecutive responses in one micro-batch.
     group_size: int = 1
     # Whether the sampler's log-probs are wanted for all updates. They cost some sampling time, so
     # they are asked for the first update alone, where they show whether the data is on-policy.
@@ -121,8 +123,8 @@ def update(
 ) -> dict[str, float]:
     """Make one optimizer step for each update; all ranks must call it together.
 
-    `policy` is any module that takes the inputs of a micro-batch; what it returns is handed to the
-    loss function. Returned are
+    `updates` has the micro-batches of each update. `policy` may be any module that takes a
+    micro-batch's inputs, such as a critic: the loss function gets what it returns. Returned are
 
     - "loss" and "grad_norm" (before clipping at 1.0): means over the updates;
     - each statistic of the loss function: its mean over the sequences;
@@ -138,16 +140,19 @@ def update(
         for batch in batches:
             output = policy(**batch.inputs)
             sequence_losses, statistics = loss_function(batch, output)
-            # The mean over all sequences of the update, whatever the split into micro-batches.
+            # The mean over all sequences of the update, whatever the split into micro-batches. A
+            # micro-batch has weight 0 if it only keeps this rank in step with the others.
             loss = batch.weight * sequence_losses.sum() / batch.num_sequences
             # Each rank has the part of its own sequences. FSDP averages gradients over the ranks,
             # where the sum of the parts is wanted.
             (loss * dist.get_world_size()).backward()
             sums["loss"] += loss.detach() / len(updates)
             if number == 0:
+                # Kept for samples.jsonl, too.
                 batch.statistics = {name: x.detach() for name, x in statistics.items()}
                 add_sums(sums, batch, output.detach())
-        # FSDP computes the norm over the weights of all ranks, and returns it sharded.
+        # The norm over the weights of all ranks. FSDP's tensors are DTensors: each rank holds its
+        # slice, and full_tensor() puts the slices of all ranks together.
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         grad_norm += norm.full_tensor()
         optimizer.step()
@@ -158,6 +163,7 @@ def update(
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
     metrics["grad_norm"] = grad_norm.item() / len(updates)
+    # From sums to means: over the tokens, then over the sequences.
     first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
@@ -233,7 +239,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
         with timed(metrics, "seconds_grade"):
             responses = engine.gather(sampled)
-            # From here until it is restored, the memory of the engine's cache is the trainer's.
+            # The trainer uses the memory of the engine's KV cache until `restore_cache`.
             engine.release_cache(run.llm)
         for response in responses:
             response.numbers["v_star"] = data.v_star[response.prompt.row["id"]]
@@ -254,7 +260,8 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         # 6. pi_{t+1} into the engine.
         with timed(metrics, "seconds_sync"):
-            torch.cuda.empty_cache()  # the engine takes its memory from the driver, not from torch
+            # Give torch's unused memory back to the driver, from which the engine takes its own.
+            torch.cuda.empty_cache()
             run.policy.load_into(run.llm)
             engine.restore_cache(run.llm)
 
@@ -264,6 +271,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
             metrics["eval_accuracy"] = evaluate(run, max_tokens)
+        # Only the first update's responses have a log-ratio of this step's policy.
         log_step(run, metrics, responses[: args.log_samples], updates[0])
 
         # A signal may reach one rank alone, so the ranks agree once a step whether to stop.
@@ -296,10 +304,11 @@ def next_batch(prompts: list[Prompt], batch_size: int, seed: int, step: int) -> 
 
     An epoch is a seeded shuffle of all prompts. What does not fill a batch is left out of it.
     """
-    epoch, number = divmod(step - 1, len(prompts) // batch_size)
+    batches_per_epoch = len(prompts) // batch_size
+    epoch, batch = divmod(step - 1, batches_per_epoch)
     shuffled = list(prompts)
     random.Random(f"{seed}/{epoch}").shuffle(shuffled)
-    return shuffled[number * batch_size : (number + 1) * batch_size]
+    return shuffled[batch * batch_size : (batch + 1) * batch_size]
 
 
 def make_requests(
@@ -316,7 +325,8 @@ def make_requests(
     for prompt in prompts:
         for number in range(args.samples_per_prompt):
             seed = engine.response_seed(args.seed, step, prompt.row["id"], number)
-            requests.append(Request(prompt, number, seed, len(requests) < num_logprobs))
+            wants_logprobs = len(requests) < num_logprobs
+            requests.append(Request(prompt, number, seed, wants_logprobs))
     return requests
 
 
@@ -363,7 +373,10 @@ def gather_logratios(batches: list[MicroBatch], num_samples: int) -> dict[int, f
                 here[response.index] = value.item()
     from_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(from_ranks, here)
-    return dict(item for logratios in from_ranks for item in logratios.items())
+    everywhere = {}
+    for logratios in from_ranks:
+        everywhere.update(logratios)
+    return everywhere
 
 
 def evaluate(run: Run, max_tokens: int) -> float:
@@ -411,7 +424,7 @@ def log_step(
 
 def check_finite(metrics: dict[str, Any]) -> None:
     """Stop before a broken policy is saved and the good ones are removed."""
-    if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise ArithmeticError(
             f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
             "the last checkpoint is from before that"
@@ -422,6 +435,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
     """Save the trained model and shut down; after a signal, leave with its exit code instead."""
     if not stopped_by:
         folder = Path(args.out, "final")
+        # A run may be resumed with fewer steps than it has made.
         step = max(run.last_step, args.num_steps)
         save_checkpoint(folder, step, run.policy, None, run.reference_folder)
     if dist.get_rank() == 0:
@@ -458,9 +472,9 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         args.seed,
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
-        # At the sampling temperature, as ln pi is.
+        # The engine's log-probs are taken at the sampling temperature, as the policy's are.
         logprobs_mode="processed_logprobs",
-        # A prompt is asked once, and a resumed run must start as cold as one that was never killed.
+        # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
         enable_prefix_caching=False,
         enable_sleep_mode=ON_GPU,
     )
@@ -494,7 +508,7 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
 
 
 def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
-    """Make the evaluation prompts, as training asks; of a longer prompt only the end is asked."""
+    """Make the evaluation prompts in the style of training. One that is too long keeps its end."""
     prompts = []
     for row in data.eval_rows:
         style = problems.style_of_task(
@@ -509,7 +523,7 @@ def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
 def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
     """Collect the flags and what the values file's header decides, for config.json.
 
-    --resume compares them with those of the run, and stage 3 asks as they say.
+    --resume compares them with those of the run, and stage 3 makes its prompts by them.
     """
     config = dict(vars(args))
     for name in (
@@ -584,7 +598,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", default="runs/math", help="folder of the run")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--save-every", type=positive_integer, default=50, help="steps between checkpoints")
-    add("--keep-checkpoints", type=positive_integer, default=2, help="keep so many of the newest")
+    add("--keep-checkpoints", type=positive_integer, default=2, help="how many to keep, the newest")
     add(
         "--eval-dataset",
         help="measure greedy accuracy on this set while training; none switches it off; by default "

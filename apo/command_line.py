@@ -52,7 +52,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of stages 1 and 3 that decide how a question becomes a prompt."""
     add = parser.add_argument_group("prompt").add_argument
-    # None, not False: stage 3 must know whether a flag was given.
+    # The default is None, not False: stage 3 must know whether the flag was given.
     add(
         "--chat-template",
         action="store_true",
@@ -134,7 +134,8 @@ def fraction(text: str) -> float:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` with the exit codes above.
 
-    A first SIGINT or SIGTERM ends it in good order, a second one at once.
+    A first SIGINT or SIGTERM raises SystemExit, so that files are closed; a second one ends the
+    process at once. The training loop replaces these handlers by a StopFlag.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)

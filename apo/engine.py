@@ -25,7 +25,7 @@ from apo.problems import Prompt
 # ---------------------------------------------------------------------------------------------
 # Processes
 
-# What a process alone on its machine needs in place of torchrun's settings. Port 0: any free one.
+# The settings that torchrun would make, for one process alone. Port 0 means any free port.
 SINGLE_PROCESS = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -54,8 +54,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
     """Make this process one rank of a process group, with one rank for every visible GPU.
 
     On a machine with two or more GPUs the command starts itself again under torchrun, and this
-    process exits with torchrun's code. Call it when everything that can be checked is checked:
-    a mistake found later is found by every rank.
+    process exits with torchrun's code. Each rank runs the script from the top, comes here with RANK
+    in its environment, and goes on. So call this when everything that can be checked is checked.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -75,7 +75,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
     torch.distributed.init_process_group(
         # Objects and barriers travel over gloo, tensors on GPUs over NCCL.
         "cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo",
-        # Ranks finish their sampling at different times, so that one may wait long for another.
+        # A day. Ranks finish their sampling at different times, so one may wait long for another.
         timeout=48 * torch.distributed.default_pg_timeout,
     )
     world_size = torch.distributed.get_world_size()
@@ -100,9 +100,10 @@ def end_with_launcher() -> None:
     """
     import torch
 
+    # Linux sends this process a SIGKILL when its parent, the launcher, dies.
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    # The launcher may have died while this process was importing. Then its store is closed, and
-    # connecting to it raises.
+    # If the launcher died before that call, no signal will come. But its port is closed then, so
+    # that this connection fails and ends the rank with an error.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         socket.create_connection(address, timeout=60).close()
@@ -156,7 +157,7 @@ def start_engine(
         max_model_len=int(max_model_len),
         seed=seed,
         dtype="bfloat16" if on_gpu else "float32",
-        # The policy's log-probs have float32 logits, so the sampler's must: bf16 would blur pi.
+        # The policy's log-probs come from float32 logits, so the sampler must use them as well.
         hf_overrides={"head_dtype": "float32"},
         # The CPU engine cannot seed a request whose prompt it has cut into chunks.
         enable_chunked_prefill=on_gpu,
@@ -213,7 +214,7 @@ class Request:
     """One response to be sampled."""
 
     prompt: Prompt
-    sample: int = 0  # the how manyth of the prompt's responses
+    sample: int = 0  # the number of this response among the prompt's responses, from 0
     seed: int | None = None  # None for greedy decoding
     logprobs: bool = False  # whether the sampler's log-probs are wanted
 
@@ -238,7 +239,7 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     """Seed one response by what it is: no batch, rank or resume changes what is sampled."""
     name = json.dumps([seed, step, problem_id, sample])
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return int(digest[:16], 16) >> 2  # 62 bits: it fits an int64
+    return int(digest[:16], 16) >> 2  # 62 bits, since the engine wants a positive int64
 
 
 def sample(
@@ -268,7 +269,7 @@ def sample(
             output_kind=RequestOutputKind.FINAL_ONLY,
             flat_logprobs=True,
             detokenize=False,  # decoding all tokens at once, below, is cheaper than one by one
-            skip_clone=True,
+            skip_clone=True,  # these parameters are used for this request alone
         )
         engine.add_request(str(i), {"prompt_token_ids": request.prompt.ids}, params)
 
@@ -292,7 +293,7 @@ def sample(
 def share_of_requests(llm: Any, num_requests: int) -> range:
     """Return the places of the requests that this rank's engine answers.
 
-    The ranks of one engine have the same share, since vLLM wants the same requests of them.
+    Ranks that form one engine (--tensor-parallel-size) get the same requests, as vLLM wants.
     """
     import torch
 
@@ -455,14 +456,17 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
 def remove_partial(out: Path) -> None:
     """Remove the records of a run whose result is saved, if there are any."""
     folder = partial_folder(out)
-    # Before the note whose they are: a kill in between must not leave records that are nobody's.
+    # identity.json goes last: a kill in between must not leave records without their identity.
     for path in folder.glob("*.jsonl"):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_rank_0(function: Callable, *arguments: Any) -> Any:
-    """Call a function on rank 0 alone, and give every rank its result, or its UserError."""
+    """Call a function on rank 0 alone, and give every rank its result, or its UserError.
+
+    Any other exception ends rank 0, and then the launcher ends the others.
+    """
     import torch
 
     result = None

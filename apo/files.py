@@ -151,7 +151,7 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
     places = list(Path(out).absolute().parents)
     if is_folder:
         places.insert(0, Path(out))
-    for folder in places:
+    for folder in places:  # until the nearest one that exists
         if folder.exists():
             break
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -206,8 +206,8 @@ def model_files(folder: Path) -> list[Path]:
 def model_fingerprint(folder: Path) -> dict[str, str]:
     """Return a short hash of each file of a model, in milliseconds whatever its size.
 
-    Small files are read whole, weight files at NUM_BLOCKS places spread over them. Two different
-    models differ everywhere, so this tells them apart; a single flipped bit can go unseen.
+    Small files are read whole, weight files at NUM_BLOCKS places spread over them. Training changes
+    every weight, so this tells two models apart. A single changed byte can go unseen.
     """
     fingerprint = {}
     for path in model_files(folder):
@@ -215,8 +215,9 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
         digest = hashlib.sha256(str(size).encode())
         with open(path, "rb") as file:
             if path.suffix == ".safetensors":
-                for place in range(NUM_BLOCKS):
-                    file.seek(place * max(0, size - BLOCK) // (NUM_BLOCKS - 1))
+                last_start = max(0, size - BLOCK)
+                for i in range(NUM_BLOCKS):
+                    file.seek(i * last_start // (NUM_BLOCKS - 1))
                     digest.update(file.read(BLOCK))
             else:
                 digest.update(file.read())

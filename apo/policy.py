@@ -2,6 +2,10 @@
 
 Packed means that sequences lie end to end in one row, without padding. Names of axes are those of
 losses.py: B sequences, T tokens of all sequences together, R their response tokens.
+
+FSDP2 cuts every weight into slices, one for each rank. Such a weight is a DTensor: a rank's slice
+together with the knowledge of how to find the others. full_tensor() puts the slices together, on
+every rank. While a layer runs, FSDP holds its whole weights as ordinary tensors.
 """
 
 import dataclasses
@@ -42,7 +46,7 @@ class MicroBatch:
     """The sequences that pass through the model at once on this rank."""
 
     responses: list[Response]  # B of them
-    inputs: dict[str, Any]  # the arguments of Policy.forward
+    inputs: dict[str, Any]  # arguments of Policy.forward, on the CPU: FSDP moves them to the GPU
     lengths: Tensor  # (B,) response tokens of each sequence; it stays on the CPU
     rewards: Tensor  # (B,) float32
     numbers: dict[str, Tensor]  # (B,) each: what Response.numbers holds, such as "v_star"
@@ -75,6 +79,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str
         input_ids += sequence
         # Positions start again at 0 in every sequence.
         position_ids += range(len(sequence))
+        # The token before a response token predicts it: the prompt's last one predicts the first.
         end = len(input_ids)
         rows += range(end - len(response), end)
         targets += response
@@ -85,6 +90,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str
         "position_ids": torch.tensor([position_ids]),
         "rows": torch.tensor(rows),
         "targets": torch.tensor(targets),
+        # transformers' names for the bounds and the longest sequence; they reach packed_attention.
         "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
         "max_length_q": longest,
     }
@@ -99,7 +105,7 @@ def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[lis
     together. A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number
     of forward passes on every rank, so ranks with fewer micro-batches get empty ones at the end.
     """
-    assigned = [[[]] for _ in range(num_ranks)]
+    assigned = [[[]] for _ in range(num_ranks)]  # one empty micro-batch for each rank
     rank_tokens = [0] * num_ranks
     batch_tokens = [0] * num_ranks  # of each rank's last micro-batch
     for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -192,9 +198,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, in the form that transformers calls.
 
-    Takes (1, heads, T, dim) and returns (1, T, heads, dim). transformers would build a mask for
-    packed sequences only under conditions that are easily missed, and then attend across them
-    without a word. Here the bounds of the sequences are given, and nothing is left to be guessed.
+    Takes (1, heads, T, dim) and returns (1, T, heads, dim). transformers can find out that
+    sequences are packed, but only without a cache and without a mask. Otherwise each sequence also
+    attends to those before it, and nothing warns of it. Here the bounds are given.
     """
     # (T, heads, dim)
     query = query[0].transpose(0, 1)
@@ -217,8 +223,8 @@ def packed_attention(
         )
         return out[None], None
 
-    # There is no such kernel for CPUs. Pad at the end, where no causal mask looks, for attention
-    # alone. One sequence after another would be faster only where lengths differ much.
+    # There is no such kernel for CPUs. So the sequences are padded to one length, for the attention
+    # alone. Padding comes last, and causal attention never looks ahead, so it changes nothing.
     sequence_lengths = cu_seq_lens_q.diff()
     is_token = torch.arange(max_length_q) < sequence_lengths[:, None]  # (B, longest)
 
@@ -247,7 +253,7 @@ class Policy(torch.nn.Module):
     def forward(self, rows: Tensor, targets: Tensor, temperature: float, **inputs: Any) -> Tensor:
         """Run packed sequences (see `pack`); ln pi of each response token, (R,) float32."""
         hidden = self.lm.base_model(use_cache=False, **inputs).last_hidden_state[0]
-        # In the forward pass of FSDP's root the head is whole, on every rank.
+        # FSDP holds the whole head here, since this is the forward pass of its outermost module.
         head = self.lm.get_output_embeddings().weight
         return losses.token_logprob(hidden[rows], head, targets, temperature)
 
@@ -255,7 +261,8 @@ class Policy(torch.nn.Module):
         """Stream the weights into the engine; all ranks must call it together.
 
         Weights travel one at a time, in bf16 on GPUs, so that no second copy of the model is made.
-        A head tied to the embedding travels twice: a CPU engine has a packed copy of it.
+        A head that is tied to the embedding travels twice, since a CPU engine keeps its own copy of
+        the head in another layout.
         """
 
         def whole_weights() -> Any:
@@ -283,6 +290,8 @@ def load_policy(
     gradient_checkpointing: bool = False,
 ) -> Policy:
     """Load a model, with weights kept in `dtype`, and shard it over the mesh.
+
+    Every rank first loads the whole model into CPU memory, and then keeps only its slices.
 
     Raises UserError for a model whose log-probs would come out wrong.
     """
@@ -313,12 +322,13 @@ def check_supported(lm: torch.nn.Module) -> None:
 def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = False) -> None:
     """Shard modules with FSDP2: the layers first, and last the module that holds them all.
 
+    The last one takes what is in no layer: embedding, last norm and head.
+
     FSDP gathers a layer's weights just before they are used, and frees them after. Weights are used
     in COMPUTE_DTYPE; gradients are averaged over the ranks in float32.
 
-    On a CPU gathering costs time and there is room, so gathered weights are kept. On a GPU the root
-    is freed after its forward pass too: the backward pass gathers the head once more, but the
-    reference's head does not stay in memory.
+    On a CPU, memory is cheap and gathering is slow, so gathered weights are kept. On a GPU they are
+    freed after the forward pass, the head too: otherwise the reference's head would stay.
     """
     options = {
         "mesh": mesh,
@@ -409,7 +419,11 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def saved_step(folder: Path) -> int | None:
-    """Return the step at which a folder was saved; None if it is missing or damaged."""
+    """Return the step at which a folder was saved; None if it is missing or damaged.
+
+    Damaged means that a file is missing, has another size than at saving, or that the manifest
+    itself cannot be read. A changed byte inside a file is not seen.
+    """
     try:
         manifest = files.read_json(folder / "manifest.json")
         for name, size in manifest["files"].items():
@@ -427,7 +441,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole; a damaged one is renamed damaged-*, and told."""
+    """Return the newest whole checkpoint. A damaged one is renamed damaged-*, with a message."""
     found = list_checkpoints(folder)
     for path in found:
         if saved_step(path) == int(path.name.removeprefix("step-")):

@@ -79,12 +79,12 @@ class Dataset:
 
     # A hub id, or a local file with {split} in its name.
     source: str
-    # What serves as "train" and as "test": the source's own names. Stage 1 takes "train" first,
-    # stage 3 "test". The only split of many benchmarks is called "train".
+    # The source's own names of its splits, by their use: stage 1 takes "train", stages 2 and 3
+    # evaluate on "test". The only split of many benchmarks is called "train" by its source.
     splits: dict[str, str]
     question: Callable[[dict], str]
     answer: Callable[[dict], Any]
-    # The hub's name for one of several configurations.
+    # Which configuration of a hub set, if it has several.
     config: str | None = None
     # {question} is replaced by the row's question.
     template: str = BOXED_TEMPLATE
@@ -165,7 +165,11 @@ FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 
 def find_task(name: str) -> str:
-    """Return the entry of DATASETS that scores the rows of `name`; local files are mathematics."""
+    """Return the entry of DATASETS that scores the rows of `name`.
+
+    A local file given by its path is mathematics. Files of another task need an entry with
+    {split} in its source.
+    """
     return "math" if is_file(name) else name
 
 
@@ -306,6 +310,7 @@ def keep_gradable(name: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
     gradable = []
     reasons = []
     for row in rows:
+        # Any other reward function knows itself what it can score.
         if DATASETS[row["_task"]].reward is not score_mathematics:
             gradable.append(row)
             continue
@@ -326,7 +331,7 @@ def keep_gradable(name: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
-    """How a question becomes a prompt. It is part of every header, since it decides pi_ref."""
+    """How a question becomes a prompt. Headers have it: another prompt is another distribution."""
 
     template: str = BOXED_TEMPLATE
     chat_template: bool = False
@@ -369,7 +374,8 @@ def prompt_style(
 def style_of_task(style: PromptStyle, task: str, trained_reward: str | None) -> PromptStyle:
     """Return how to ask a task of a model that was trained with `style`; None: it was not trained.
 
-    A task that is scored alike is asked as in training. Any other one keeps its own template.
+    A task with the same reward function is asked with the template of training, any other task with
+    its own template.
     """
     if reward_name(task) == trained_reward:
         return style
@@ -423,9 +429,9 @@ def reward(response: str, row: Any) -> float:
 def submit_reward(response: str, row: dict) -> Future:
     """Start scoring a response; the future's result is the reward.
 
-    Mathematics is scored in worker processes where it takes algebra, which can hang. Any other
-    reward is called at once. If it raises, or returns no finite number, the run stops with the
-    traceback and the row's id.
+    Mathematics that takes algebra is scored in worker processes, since algebra can hang. Any other
+    reward function is called here and now, and should take milliseconds. If it raises, or returns
+    no finite number, the run stops with the traceback and the row's id.
     """
     if DATASETS[row.get("_task", "math")].reward is score_mathematics:
         return math_reward.submit(response, row["answer"])

@@ -13,7 +13,8 @@ from apo import files
 from apo.engine import Response
 from apo.policy import find_checkpoint, saved_step
 
-# What --resume may change: how long a run is and the hardware it runs on, not what it computes.
+# What may be different on --resume: how long the run is, the hardware, and where its files lie.
+# Nothing here changes what is computed.
 FREE_ON_RESUME = (
     "resume",
     "out",
@@ -41,7 +42,7 @@ class Progress(NamedTuple):
 
 
 def open_run(config: dict, log: "RunLog") -> Progress:
-    """Take the run's folder for this process, and find where to continue. Rank 0 calls it.
+    """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
     Raises UserError if another process has it, or if it is a run with other settings.
     """
@@ -82,11 +83,10 @@ class RunLog:
         """
         for file in (self.metrics_file, self.samples_file):
             num_bytes = 0
-            if last_step > 0:
-                for line in Path(file.name).read_bytes().splitlines(keepends=True):
-                    if json.loads(line)["step"] > last_step:
-                        break
-                    num_bytes += len(line)
+            for line in Path(file.name).read_bytes().splitlines(keepends=True):
+                if last_step == 0 or step_of(line) > last_step:
+                    break
+                num_bytes += len(line)
             file.truncate(num_bytes)
 
     def start_tracker(self, name: str, config: dict) -> None:
@@ -130,7 +130,7 @@ class RunLog:
         parts = [f"step {metrics['step']}/{self.num_steps}"]
         if "reward" in metrics:
             self.seconds.append(metrics["seconds_total"])
-            # The speed of late: responses grow longer or shorter while a model learns.
+            # The recent speed: responses grow longer or shorter while a model learns.
             recent = self.seconds[-20:]
             left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)
             parts.append(f"reward {metrics['reward']:.3f}")
@@ -144,6 +144,14 @@ class RunLog:
         if "eval_accuracy" in metrics:
             parts.append(f"test {metrics['eval_accuracy']:.1%}")
         return "  ".join(parts)
+
+
+def step_of(line: bytes) -> int:
+    """Read the step of a line of a log; 0 for a line that somebody has damaged, which is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def describe_seconds(seconds: float) -> str:

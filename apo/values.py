@@ -13,7 +13,7 @@ from apo import files, problems
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
 
-# What the fields of a header are that a file written by hand may leave out.
+# The types of those fields of a header that a file written by hand may leave out.
 KINDS = {
     "task": str,
     "dataset": str,
