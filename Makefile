@@ -65,6 +65,7 @@ lint: $(ENVIRONMENT)
 results ablations: export OMP_NUM_THREADS := 1
 results: $(ENVIRONMENT) toy/values.json
 	$(RUN) -m experiments.theory
+	$(RUN) -m experiments.regret
 	$(RUN) -m experiments.compare
 
 ablations: $(ENVIRONMENT) toy/values.json

@@ -695,7 +695,9 @@ def work() -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # the kernel kills this process then
         signal.alarm(WALL_SECONDS)
-        print(float(decide(*json.loads(line), by_algebra)), flush=True)
+        verdict = float(decide(*json.loads(line), by_algebra))
+        with contextlib.suppress(BrokenPipeError):  # the parent has ended meanwhile
+            print(verdict, flush=True)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
