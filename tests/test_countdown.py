@@ -298,14 +298,17 @@ def test_the_teachers_work_is_right_line_by_line_and_scored_by_its_last_line():
     for _ in range(500):
         problem = countdown.draw_problem(rng)
         row = {"numbers": list(problem.numbers), "target": problem.target}
-        *lines, box = countdown.work(rng, problem).split("\n")
+        text = countdown.work(rng, problem)
+        hit = countdown.HIT in text
+        tries, _, _ = text.partition(countdown.HIT if hit else countdown.ENOUGH)
+        lines = tries.split("\n")
         assert 1 <= len(lines) <= countdown.MOST_TRIES
         for line in lines:
             assert check_line(line) == list(problem.numbers)
         results = [int(line.rpartition("=")[2]) for line in lines]
         assert problem.target not in results[:-1]
-        hit = results[-1] == problem.target
-        assert countdown.reward(box, row) == (1.0 if hit else 0.0)
+        assert hit == (results[-1] == problem.target)
+        assert countdown.reward(text, row) == (1.0 if hit else 0.0)
         solved += hit
     assert 0.1 < solved / 500 < 0.5
 
@@ -344,8 +347,8 @@ def test_each_number_and_the_instruction_are_one_token(tokenizer):
     prompt = countdown.TEMPLATE.replace("{question}", countdown.question(row))
     # Make 26 from 7 , 15 , 4 instruction
     assert len(tokenizer(prompt).input_ids) == 9
-    # 15 + 4 = 19 + 7 = 26 box 15 + 4 ) + 7 } after an opening bracket
-    response = "15+4=19+7=26\n\\boxed{(15+4)+7}"
+    # 15 + 4 = 19 + 7 = 26 yes ( 15 + 4 ) + 7 }
+    response = "15+4=19+7=26, yes:\n\\boxed{(15+4)+7}"
     assert len(tokenizer(response).input_ids) == 9 + 1 + 8
     for text in (prompt, response):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
