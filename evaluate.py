@@ -18,6 +18,7 @@ import apo  # noqa: F401 - first: it says how to activate the environment if it 
 
 # isort: split
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -101,6 +102,7 @@ def score(records: list[dict]) -> dict:
     stderr = 0.0
     if len(problem_means) > 1:
         stderr = statistics.stdev(problem_means) / len(problem_means) ** 0.5
+    # A file given to --grade may have fewer samples of some problems than of others.
     num_samples = min(len(rewards) for rewards in rewards_of.values())
 
     # What did not finish was never scored, so it is scored here.
@@ -167,22 +169,26 @@ def grade_file(path: Path) -> dict:
     """
     records = []
     for number, row in enumerate(problems.read_rows(path), start=1):
+        where = f"{path}, row {number}"
         if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number} is not an object: {row!r:.60}")
-        record = {"id": f"row {number}", "finished": True, "tokens": 0} | row
-        if not isinstance(record.get("output"), str):
-            raise UserError(f'{path}, row {number} has no text "output": {row!r:.60}')
-        if "answer" not in record:
-            raise UserError(f'{path}, row {number} has no "answer": {row!r:.60}')
-        if not isinstance(record["finished"], bool):
-            raise UserError(f'{path}, row {number}: "finished" is neither true nor false')
-        if type(record["tokens"]) not in (int, float):
-            raise UserError(f'{path}, row {number}: "tokens" is not a number')
+            raise UserError(f"{where} is not an object: {row!r:.60}")
+        if not isinstance(row.get("output"), str):
+            raise UserError(f'{where} has no text "output": {row!r:.60}')
+        if "answer" not in row:
+            raise UserError(f'{where} has no "answer": {row!r:.60}')
+        # Other columns, ours or not, play no part.
+        record = {"answer": row["answer"], "output": row["output"], "_task": "math"}
+        record["id"] = row.get("id")
+        record["finished"] = row.get("finished", True)
+        record["tokens"] = row.get("tokens", 0)
         if record["id"] is None:
             record["id"] = f"row {number}"
         if not isinstance(record["id"], str | int):
-            raise UserError(f'{path}, row {number}: "id" is neither a text nor a number')
-        record["_task"] = "math"
+            raise UserError(f'{where}: "id" is neither a text nor a number')
+        if not isinstance(record["finished"], bool):
+            raise UserError(f'{where}: "finished" is neither true nor false')
+        if type(record["tokens"]) not in (int, float):
+            raise UserError(f'{where}: "tokens" is not a number')
         records.append(record)
     if not records:
         raise UserError(f"{path} has no rows")
@@ -223,9 +229,10 @@ def settings_of_run(model: str) -> dict:
 def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
     """Decide on the prompt: by the flags if one is given, else as the model was trained."""
     template = trained_with.get("prompt_template", problems.BOXED_TEMPLATE)
-    if args.chat_template or args.system_prompt or args.chat_template_kwargs:
+    given = (args.system_prompt, args.chat_template_kwargs)
+    if args.chat_template or given != (None, None):
         return problems.prompt_style(
-            template, bool(args.chat_template), args.system_prompt, args.chat_template_kwargs
+            template, args.chat_template, args.system_prompt, args.chat_template_kwargs
         )
     return PromptStyle(
         template=template,
@@ -252,11 +259,22 @@ def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
     }
 
 
-def load_benchmarks(names: str, limit: int) -> tuple[dict[str, list[dict]], list[str]]:
+@dataclasses.dataclass
+class Benchmark:
+    """One benchmark, and how this model is asked."""
+
+    rows: list[dict]
+    style: PromptStyle
+    identity: dict  # what its scores depend on, beside the header
+
+
+def load_benchmarks(
+    names: str, limit: int, style: PromptStyle, trained_reward: str | None
+) -> tuple[dict[str, Benchmark], list[str]]:
     """Load the benchmarks of --benchmarks.
 
-    Returns the rows of each benchmark by its name, under which its results are saved, and sentences
-    about the rows that cannot be graded.
+    Returns each benchmark by its name, under which its results are saved, and sentences about the
+    rows that cannot be graded.
     """
     benchmarks = {}
     ungradable = []
@@ -269,28 +287,39 @@ def load_benchmarks(names: str, limit: int) -> tuple[dict[str, list[dict]], list
             raise UserError(
                 f"two benchmarks are called {short_name}: score them apart, each with its own --out"
             )
-        benchmarks[short_name] = rows
+        task = problems.find_task(name)
+        task_style = problems.style_of_task(style, task, trained_reward)
+        identity = {
+            "rows_digest": files.content_digest(rows),
+            "prompt_template": task_style.template,
+            "reward": problems.reward_name(task),
+        }
+        benchmarks[short_name] = Benchmark(rows, task_style, identity)
     return benchmarks, ungradable
 
 
-def read_summary(out: Path, header: dict, digests: dict[str, str]) -> dict[str, dict]:
+def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> dict[str, dict]:
     """Read the scores that an earlier run left in OUT; UserError if it was another run.
 
-    `digests` has a digest of each benchmark's rows. The model's path may have changed.
+    Only the model's path may be another one.
     """
     path = out / "summary.json"
     if not path.exists():
         return {}
     summary = files.read_json(path)
-    wanted = {name: value for name, value in header.items() if name != "model"}
-    what = f"{path} (give another --out, or remove it)"
     done = summary.get("benchmarks")
     if not isinstance(summary.get("header"), dict) or not isinstance(done, dict):
         raise UserError(f"{path} is not a summary: give another --out, or remove it")
-    files.refuse_difference(what, summary["header"], wanted)
-    for name in digests.keys() & done.keys():
-        files.refuse_difference(f"{name} in {what}", done[name], {"rows_digest": digests[name]})
+    what = f"{path} (give another --out, or remove it)"
+    files.refuse_difference(what, summary["header"], without_path(header))
+    for name in benchmarks.keys() & done.keys():
+        files.refuse_difference(f"{name} in {what}", done[name], benchmarks[name].identity)
     return done
+
+
+def without_path(header: dict) -> dict:
+    """Leave out the model's path: its fingerprint says which model it was."""
+    return {name: value for name, value in header.items() if name != "model"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,8 +328,7 @@ def read_summary(out: Path, header: dict, digests: dict[str, str]) -> dict[str, 
 
 def sample_benchmark(
     llm: Any,
-    rows: list[dict],
-    style: PromptStyle,
+    benchmark: Benchmark,
     longest_prompt: int,
     path: Path,
     identity: dict,
@@ -310,13 +338,14 @@ def sample_benchmark(
     num_samples = args.num_samples
     if num_samples is None:
         # A local file has the task "math", whatever its name.
-        num_samples = SAMPLES_OF_SMALL if rows[0]["_task"] in SMALL_BENCHMARKS else 1
+        is_small = benchmark.rows[0]["_task"] in SMALL_BENCHMARKS
+        num_samples = SAMPLES_OF_SMALL if is_small else 1
     sampling_temperature = args.temperature
     if sampling_temperature is None:
         sampling_temperature = 0.0 if num_samples == 1 else 1.0
     prompts = []
-    for row in rows:
-        prompt = problems.make_prompt(row, style, llm.get_tokenizer())
+    for row in benchmark.rows:
+        prompt = problems.make_prompt(row, benchmark.style, llm.get_tokenizer())
         prompt.ids = prompt.ids[-longest_prompt:]
         prompts.append(prompt)
     return engine.sample_all(
@@ -351,9 +380,9 @@ def main() -> None:
     if args.max_tokens is None:
         args.max_tokens = trained_with.get("max_tokens", 1024)
     style = base_style(args, trained_with)
-    trained_reward = trained_with.get("reward")
-    benchmarks, ungradable = load_benchmarks(args.benchmarks, args.limit)
-    digests = {name: files.content_digest(rows) for name, rows in benchmarks.items()}
+    benchmarks, ungradable = load_benchmarks(
+        args.benchmarks, args.limit, style, trained_with.get("reward")
+    )
     # The engine reserves room for a prompt and a response.
     room = files.context_length(files.model_folder(args.model)) - args.max_tokens
     longest_prompt = int(min(LONGEST_PROMPT, room))
@@ -366,7 +395,7 @@ def main() -> None:
     out = Path(args.out)
     header = make_header(args, style)
     # What an earlier run has scored is not sampled again.
-    done = engine.on_rank_0(read_summary, out, header, digests)
+    done = engine.on_rank_0(read_summary, out, header, benchmarks)
     missing = [name for name in benchmarks if name not in done]
     if missing:
         llm = engine.start_engine(
@@ -380,18 +409,13 @@ def main() -> None:
         for name in done:  # left there if a kill came just before their removal
             engine.remove_partial(out / f"{name}.jsonl")
     for name in missing:
-        rows = benchmarks[name]
+        benchmark = benchmarks[name]
         path = out / f"{name}.jsonl"
-        benchmark_style = problems.style_of_task(style, rows[0]["_task"], trained_reward)
-        benchmark_identity = {
-            "rows_digest": digests[name],
-            "prompt_template": benchmark_style.template,
-        }
-        identity = {k: v for k, v in header.items() if k != "model"} | benchmark_identity
-        records = sample_benchmark(llm, rows, benchmark_style, longest_prompt, path, identity, args)
+        identity = without_path(header) | benchmark.identity
+        records = sample_benchmark(llm, benchmark, longest_prompt, path, identity, args)
         if torch.distributed.get_rank() == 0:
             # The samples come first: a summary never names samples that are not there.
-            done[name] = save_benchmark(path, records, rows) | benchmark_identity
+            done[name] = save_benchmark(path, records, benchmark.rows) | benchmark.identity
             files.write_json(out / "summary.json", {"header": header, "benchmarks": done})
             engine.remove_partial(path)
     if torch.distributed.get_rank() == 0:

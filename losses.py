@@ -78,7 +78,7 @@ class _Float32Product(torch.autograd.Function):
     """hidden weight^T in float32, also for bf16 operands: (R, D), (V, D) -> (R, V).
 
     A bf16 logit has 8 significant bits, so it is off by up to 0.2 %, and ln pi(y|x) sums hundreds.
-    torch.mm with out_dtype has no backward pass of its own, hence this one. Gradients are
+    torch.mm with out_dtype has no backward pass, so it is written here. Gradients are
     multiplied in the dtype of the operands, as in any bf16 layer.
     """
 
@@ -118,8 +118,9 @@ def squared_residuals(
     """Eq. (3) for each sequence: (beta2 (logp - ref_logp) - (rewards - v_star))^2; all (B,).
 
     Log-probs are sums over tokens, not means. There is no importance ratio, clipping or
-    normalisation. At the published beta2 = 1e-3, fitting an advantage of 0.3 would take 300 nats,
-    so in practice the loss acts as a policy gradient with V* as its baseline.
+    normalisation. The gradient is 2 beta2 (beta2 logratio - advantage) times that of logp. At the
+    published beta2 = 1e-3, fitting an advantage of 0.3 would take a log-ratio of 300 nats, so in
+    practice the loss acts as a policy gradient with V* as its baseline.
 
     Raises ValueError unless beta2 > 0 and all shapes are (B,): others would broadcast silently.
     """

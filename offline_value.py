@@ -7,8 +7,8 @@ stage 2 regresses onto r - V*. In order:
 1. Load the prompts. Drop those whose answer cannot be graded, and those that are too long.
 2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it.
 3. Score them. A response that does not end within --max-tokens earns 0, here as in training.
-4. Save {"header": {...}, "prompts": [...]}. A prompt has the raw rewards beside V*, so that another
-   beta1 needs no sampling.
+4. Save {"header": {...}, "prompts": [...]}. A prompt has the raw rewards beside V*, so that stage
+   2's --beta1 can compute another V* without sampling.
 
 Scored responses go to OUT.partial/ as they come. If this is killed and started again with the same
 flags, it samples only what is missing.
@@ -119,13 +119,17 @@ def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
 def make_header(
     args: argparse.Namespace, identity: dict, entries: list[dict], seconds: float
 ) -> dict:
-    """Describe the run, and sum it up over all prompts. `seconds` include the engine's start."""
+    """Describe the run, and sum it up over all prompts.
+
+    `seconds` include the engine's start. They are those of the last start: after a continued run,
+    tokens_per_second is too high.
+    """
     header = vars(args) | identity
     header["versions"] = {d.name: d.version for d in distributions() if d.name in LIBRARIES}
     header["seconds"] = seconds
     header["tokens_per_second"] = sum(sum(entry["lengths"]) for entry in entries) / seconds
     header["truncated"] = sum(entry["truncated"] for entry in entries)
-    header["grading"] = math_reward.counts  # of rank 0
+    header["grading"] = math_reward.counts  # counted on rank 0 only
 
     # A reward above 0 counts as right, whatever its size.
     fractions_right = []
@@ -215,7 +219,6 @@ def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int
 def main() -> None:
     """Check, sample, score, save."""
     args = make_parser().parse_args()
-    args.chat_template = bool(args.chat_template)  # None means that it was not given
 
     # Everything that can be wrong is checked before the engine starts.
     files.check_writable(args.out)

@@ -53,6 +53,7 @@ from apo.policy import (
     MicroBatch,
     Policy,
     add_ref_logp,
+    check_window,
     load_optimizer,
     load_policy,
     make_mesh,
@@ -163,7 +164,8 @@ def update(
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
     metrics["grad_norm"] = grad_norm.item() / len(updates)
-    # From sums to means: over the tokens, then over the sequences.
+    # So far all are sums. The loop at the end makes means over the sequences of them, so what is a
+    # mean over the tokens is taken before it.
     first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
@@ -483,6 +485,7 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
     start = progress.checkpoint or reference
     checkpointing = args.gradient_checkpointing
     policy = load_policy(start, mesh, torch.float32, gradient_checkpointing=checkpointing)
+    check_window(policy, header["max_prompt_tokens"] + header["max_tokens"])
     ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
     ref.requires_grad_(False)
     # AdamW's own defaults are the published ones: betas 0.9 and 0.999, weight decay 0.01.

@@ -52,11 +52,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of stages 1 and 3 that decide how a question becomes a prompt."""
     add = parser.add_argument_group("prompt").add_argument
-    # The default is None, not False: stage 3 must know whether the flag was given.
     add(
         "--chat-template",
         action="store_true",
-        default=None,
         help="ask through the tokenizer's chat template; without it, as base models are asked",
     )
     add("--system-prompt", metavar="TEXT", help="a system turn; it needs --chat-template")

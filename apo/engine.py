@@ -1,7 +1,8 @@
 """Generation: one process per GPU, each with a vLLM engine; requests in, scored responses out.
 
-The engine runs inside the process that trains (vLLM's external launcher), so that new weights
-reach it without a second copy, and all ranks share the requests out among themselves.
+The engine runs inside the process that trains, so that new weights reach it without a second copy.
+(vLLM calls this external_launcher: the processes are torchrun's, and vLLM starts none.) The ranks
+divide the requests among themselves.
 """
 
 import dataclasses
@@ -75,7 +76,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
     torch.distributed.init_process_group(
         # Objects and barriers travel over gloo, tensors on GPUs over NCCL.
         "cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo",
-        # A day. Ranks finish their sampling at different times, so one may wait long for another.
+        # 48 times the default of 30 minutes: a day. Ranks finish their sampling at different times,
+        # so that one may wait long for another.
         timeout=48 * torch.distributed.default_pg_timeout,
     )
     world_size = torch.distributed.get_world_size()
@@ -215,7 +217,7 @@ class Request:
 
     prompt: Prompt
     sample: int = 0  # the number of this response among the prompt's responses, from 0
-    seed: int | None = None  # None for greedy decoding
+    seed: int | None = None  # may be None for greedy decoding, which draws nothing
     logprobs: bool = False  # whether the sampler's log-probs are wanted
 
 
@@ -239,7 +241,7 @@ def response_seed(seed: int, step: int, problem_id: str, sample: int) -> int:
     """Seed one response by what it is: no batch, rank or resume changes what is sampled."""
     name = json.dumps([seed, step, problem_id, sample])
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return int(digest[:16], 16) >> 2  # 62 bits, since the engine wants a positive int64
+    return int(digest[:16], 16) >> 2  # 62 bits: a positive int64
 
 
 def sample(
@@ -267,7 +269,7 @@ def sample(
             seed=request.seed,
             logprobs=0 if request.logprobs else None,  # 0: of the sampled token alone
             output_kind=RequestOutputKind.FINAL_ONLY,
-            flat_logprobs=True,
+            flat_logprobs=True,  # in one list, not in a dict for each token
             detokenize=False,  # decoding all tokens at once, below, is cheaper than one by one
             skip_clone=True,  # these parameters are used for this request alone
         )
@@ -380,6 +382,7 @@ def sample_all(
     for prompt in prompts:
         for number in range(num_samples):
             if (prompt.row["id"], number) not in done:
+                # Step 0: no training step samples the same.
                 request_seed = response_seed(seed, 0, prompt.row["id"], number)
                 requests.append(Request(prompt, number, request_seed))
 

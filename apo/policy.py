@@ -1,7 +1,7 @@
 """The model being trained: loaded, sharded with FSDP2, run on packed sequences, saved.
 
-Packed means that sequences lie end to end in one row, without padding. Names of axes are those of
-losses.py: B sequences, T tokens of all sequences together, R their response tokens.
+Packed means that sequences lie end to end in one row, without padding. Axes: B sequences and R
+response tokens, as in losses.py, and T tokens of all sequences, prompts included.
 
 FSDP2 cuts every weight into slices, one for each rank. Such a weight is a DTensor: a rank's slice
 together with the knowledge of how to find the others. full_tensor() puts the slices together, on
@@ -266,8 +266,8 @@ class Policy(torch.nn.Module):
         """
 
         def whole_weights() -> Any:
-            for name, shard in self.lm.state_dict().items():
-                yield name, shard.to(COMPUTE_DTYPE).full_tensor()
+            for name, weight in self.lm.state_dict().items():
+                yield name, weight.to(COMPUTE_DTYPE).full_tensor()
 
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights()})
 
@@ -319,20 +319,39 @@ def check_supported(lm: torch.nn.Module) -> None:
         raise UserError(f"{lm.config.model_type} is not supported: its head has a bias")
 
 
+def check_window(policy: Policy, longest: int) -> None:
+    """Raise UserError if all layers have a sliding window that is shorter than a sequence can be.
+
+    A config without layer_types, such as Mistral's, has one window for all layers. packed_attention
+    has none, which is the same for sequences that fit into the window.
+    """
+    config = policy.lm.config.to_dict()
+    window = config.get("sliding_window")
+    if window is not None and not config.get("layer_types") and window < longest:
+        raise UserError(
+            f"{policy.lm.config.model_type} is not supported for sequences of {longest} tokens: "
+            f"its attention has a sliding window of {window}"
+        )
+
+
 def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = False) -> None:
     """Shard modules with FSDP2: the layers first, and last the module that holds them all.
 
-    The last one takes what is in no layer: embedding, last norm and head.
+    The last one takes what is in no layer: embedding, last norm and head. Slices move to the GPU
+    here; with `offload` they stay in CPU memory.
 
     FSDP gathers a layer's weights just before they are used, and frees them after. Weights are used
     in COMPUTE_DTYPE; gradients are averaged over the ranks in float32.
 
     On a CPU, memory is cheap and gathering is slow, so gathered weights are kept. On a GPU they are
-    freed after the forward pass, the head too: otherwise the reference's head would stay.
+    freed after the forward pass. FSDP would by itself keep those of the last module, and with them
+    the embedding and the head of the reference.
     """
     options = {
         "mesh": mesh,
-        "mp_policy": fsdp.MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32),
+        "mp_policy": fsdp.MixedPrecisionPolicy(
+            param_dtype=COMPUTE_DTYPE, reduce_dtype=torch.float32
+        ),
         "reshard_after_forward": ON_GPU,
     }
     if offload:
@@ -464,7 +483,7 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state from a checkpoint, also one of another number of ranks."""
+    """Load the optimizer's state from a checkpoint, which any number of ranks may have saved."""
     state = {"optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}
     dcp.load(state, checkpoint_id=folder / "trainer")
     dcp_state.set_optimizer_state_dict(policy, optimizer, state["optimizer"])

@@ -12,7 +12,8 @@ mathematics, one reward function:
         reward=reverse_reward,                    # (response, row) -> any float
     )
 
-Nothing else changes in any stage. All columns of the source reach the reward in `row`.
+Nothing else changes in any stage. All columns of the source reach the reward in `row`; "question",
+"answer" and, for hub sets, "id" are the ones made here.
 """
 
 import dataclasses
@@ -331,7 +332,7 @@ def keep_gradable(name: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
-    """How a question becomes a prompt. Headers have it: another prompt is another distribution."""
+    """How a question becomes a prompt. Every header has it: V* holds for these prompts only."""
 
     template: str = BOXED_TEMPLATE
     chat_template: bool = False
@@ -416,7 +417,7 @@ def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None 
 
 
 def reward(response: str, row: Any) -> float:
-    """Score a response to a row; anything but a row is taken as the answer of a math problem.
+    """Score a response to a row. In place of a row, the answer of a math problem will do.
 
     Raises what the task's reward function raises: that is a fault in its code, not in the response.
     """

@@ -1,7 +1,7 @@
 """The folder of a training run: its settings, its logs, and where to continue.
 
-RUN/config.json has the settings, RUN/metrics.jsonl and RUN/samples.jsonl a line for each step and
-response, RUN/checkpoints/ and RUN/final/ the weights.
+RUN/config.json has the settings, RUN/metrics.jsonl a line for each step, RUN/samples.jsonl a line
+for each saved response, RUN/checkpoints/ and RUN/final/ the weights.
 """
 
 import importlib
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
 
     finished: bool  # there is nothing left to do
     checkpoint: Path | None  # to continue from; None starts from the reference
-    step: int  # of the checkpoint; 0 without one
+    step: int  # of the checkpoint, or of the finished model; 0 without either
 
 
 def open_run(config: dict, log: "RunLog") -> Progress:

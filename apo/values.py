@@ -143,7 +143,11 @@ def check_entries(document: dict, name: str) -> list[dict]:
 
 
 def make_prompts(entries: list[dict], values: Values, tokenizer: Any) -> list[Prompt]:
-    """Make the prompts of some entries of a values file, as stage 1 wrote them."""
+    """Make the prompts of some entries of a values file, as stage 1 wrote them.
+
+    Raises UserError for one that is longer than the header allows.
+    """
+    longest = values.header["max_prompt_tokens"]
     prompts = []
     for entry in entries:
         row = dict(entry.get("row", {}))
@@ -151,5 +155,11 @@ def make_prompts(entries: list[dict], values: Values, tokenizer: Any) -> list[Pr
         row["question"] = entry.get("question", "")
         row["answer"] = entry["answer"]
         row["_task"] = values.header["task"]
-        prompts.append(problems.make_prompt(row, values.style, tokenizer, entry["prompt"]))
+        prompt = problems.make_prompt(row, values.style, tokenizer, entry["prompt"])
+        if len(prompt.ids) > longest:
+            raise UserError(
+                f"the prompt {entry['id']!r} of the values file has {len(prompt.ids)} tokens, more "
+                f"than its max_prompt_tokens {longest}"
+            )
+        prompts.append(prompt)
     return prompts

@@ -1,81 +1,137 @@
-"""How many responses a second are graded, beside plain math-verify in the same run.
+r"""How truly and how fast the mathematical reward grades.
 
-    python -m experiments.reward_speed [PATH.jsonl]   # rows with answer and solution; else made up
+    python -m experiments.reward_speed check PATH.jsonl ...
+    python -m experiments.reward_speed speed PATH.jsonl
+    python -m experiments.reward_speed load
 
-Ordinary outputs: half right, half with the answer of another row, each after a worked solution.
-`grade` and plain math-verify (as its README says: parse, parse, verify; a process for each core)
-take turns, three times, after both have been warmed up, each time with other wrong answers; `again`
-is `grade` on the same outputs once more, as it then remembers. Then two batches of 1,000 pairs of
-which 20 are pathological, and 100 right answers that take algebra, beside no other process, two and
-four that keep the cores busy: none may be lost.
+check   For rows with `answer`, and any of `id`, `solution`, `output` with `label`: prints each
+        failure and the rates.
+        boxed: the answer accepts itself in a box. solution: it accepts the reference solution, to
+        which GSM8K's box is added. next: it rejects the next row's answer. label: the reward of
+        the output equals the label.
+speed   `grade` and math-verify as its README uses it, a process for each core, take turns. They
+        grade reference solutions, half of them with the answer of another row. `again` is `grade`
+        on the same responses once more, since it remembers how it spelled and parsed them. Then
+        two batches of 1,000 pairs, 20 of which cannot be computed.
+load    100 right answers that take algebra, beside 0, 2 and 4 processes that keep a core busy.
 """
 
 import json
 import multiprocessing
-import os
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from apo.math_reward import counts, grade
+from apo.math_reward import check_answer, counts, grade, last_box
 
-COUNT, ROUNDS = 4000, 3
-SOLUTION = "Let $x$ be so that $\\frac{x}{2} + 3^{k} = \\sqrt{x^2 - {%d}}$ for all $k$, see (%d). "
-PATHOLOGICAL = [
-    r"9^{9^{9^9}}",
-    "10000000!",
-    "(" * 3000 + "5" + ")" * 3000,
-    r"\binom{1000000000}{500000000}",
-    r"\sin(10^{10^{7}})",
-]
+ROUNDS = 3
+DEEP = "(" * 3000 + "5" + ")" * 3000
+HUGE = r"\binom{1000000000}{500000000}"
+PATHOLOGICAL = [r"9^{9^{9^9}}", "10000000!", DEEP, HUGE, r"\sin(10^{10^{7}})"]
 
 
-def made_up(rng: random.Random) -> list[tuple[str, str]]:
-    """Solutions and answers like MATH's: two thirds integers, then fractions, roots and points."""
-    kinds = [
-        lambda a, b: str(a),
-        lambda a, b: rf"\frac{{{a}}}{{{b}}}",
-        lambda a, b: rf"{a}\sqrt{{{b}}}",
-        lambda a, b: rf"({a}, {b})",
-        lambda a, b: rf"{a}x^2 + {b}",
-    ]
+def load_rows(path: str) -> list[dict]:
+    """Read the rows whose answer can be graded, each with an id and a solution that has a box."""
     rows = []
-    for _ in range(COUNT):
-        a, b = rng.randint(2, 99), rng.randint(2, 9)
-        [kind] = rng.choices(kinds, [65, 15, 8, 8, 4])
-        rows.append((SOLUTION % (a, b) * 12, kind(a, b)))
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines()):
+        row = {"id": f"{path}:{number + 1}"} | json.loads(line)
+        try:
+            check_answer(row["answer"])
+        except ValueError as error:
+            print(f"{row['id']}: {error}")
+            continue
+        if "solution" in row and last_box(row["solution"]) is None:
+            row["solution"] += rf" \boxed{{{row['answer']}}}"
+        rows.append(row)
     return rows
 
 
-def outputs(rows: list[tuple[str, str]], rng: random.Random) -> tuple[list[str], list[str]]:
-    """Responses, half of them with another row's answer, and answers."""
-    responses, answers = [], []
-    for solution, answer in rows:
-        shown = answer if rng.random() < 0.5 else rng.choice(rows)[1]
-        shown = shown.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)")
-        body = solution.replace(r"\boxed", "")
-        responses.append(rf"{body} The answer is $\boxed{{{shown}}}$.")
-        answers.append(answer)
-    return responses, answers
+class Case(NamedTuple):
+    """A response to grade and the reward that it should get."""
+
+    name: str
+    row: dict
+    response: str
+    label: bool
 
 
-def plain(pair: tuple[str, str]) -> float:
+def check_file(path: str) -> None:
+    """Grade every case that the rows have the columns for; print the failures and the rates."""
+    rows = load_rows(path)
+    cases = []
+    for row, next_row in zip(rows, rows[1:] + rows[:1], strict=True):
+        cases.append(Case("boxed", row, rf"\boxed{{{row['answer']}}}", True))
+        if "solution" in row:
+            cases.append(Case("solution", row, row["solution"], True))
+        if row["answer"] != next_row["answer"]:
+            cases.append(Case("next", row, rf"\boxed{{{next_row['answer']}}}", False))
+        if "output" in row:
+            cases.append(Case("label", row, row["output"], row["label"]))
+    rewards = grade([case.response for case in cases], [case.row["answer"] for case in cases])
+    total = Counter(case.name for case in cases)
+    right = Counter()
+    for case, reward in zip(cases, rewards, strict=True):
+        right[case.name] += reward == case.label
+        if reward != case.label:
+            answer, box = case.row["answer"], last_box(case.response)
+            print(f"{case.row['id']} {case.name}: answer {answer!r}, box {box!r}")
+    for name in total:
+        print(f"{path} {name}: {right[name]} of {total[name]} as they should be", flush=True)
+
+
+def responses_to(rows: list[dict], rng: random.Random) -> list[str]:
+    """Return the solutions, half of them with the answer of another row in the box."""
+    responses = []
+    for row in rows:
+        shown = row if rng.random() < 0.5 else rng.choice(rows)
+        body = row["solution"].replace(r"\boxed", "")
+        box = shown["answer"].replace(r"\frac", r"\dfrac")
+        box = box.replace("(", r"\left(").replace(")", r"\right)")
+        responses.append(rf"{body} The answer is $\boxed{{{box}}}$.")
+    return responses
+
+
+def with_math_verify(response: str, answer: str) -> float:
     """Grade as math-verify's README says."""
     from math_verify import parse, verify
 
-    response, answer = pair
     return float(verify(parse(f"${answer}$"), parse(response)))
 
 
-def rate(work: Callable[..., list[float]], *args: Any) -> tuple[float, float]:
-    """Responses a second, and the mean reward."""
+def time_it(name: str, work: Callable[..., list[float]], *args: Any) -> None:
+    """Print how many responses a second are graded, and the mean reward."""
     start = time.perf_counter()
     rewards = work(*args)
-    return len(rewards) / (time.perf_counter() - start), sum(rewards) / len(rewards)
+    rate = len(rewards) / (time.perf_counter() - start)
+    mean = sum(rewards) / len(rewards)
+    print(f"{name:12} {rate:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
+
+
+def measure_speed(path: str) -> None:
+    """Let both take turns, then grade two batches with pathological boxes."""
+    rng = random.Random(0)
+    rows = load_rows(path)
+    answers = [row["answer"] for row in rows]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        warm_up = [(rf"\boxed{{x + {n}}}", f"{n} + x") for n in range(100)]
+        pool.starmap(with_math_verify, warm_up, 5)
+        grade(*zip(*warm_up, strict=True))
+        for _ in range(ROUNDS):
+            responses = responses_to(rows, rng)
+            pairs = list(zip(responses, answers, strict=True))
+            time_it("grade", grade, responses, answers)
+            time_it("again", grade, responses, answers)
+            time_it("math-verify", pool.starmap, with_math_verify, pairs, 20)
+    for batch in ("first", "second"):
+        boxes = [str(n) for n in range(1000)]
+        boxes[::50] = PATHOLOGICAL * 4
+        responses = [rf"\boxed{{{box}}}" for box in boxes]
+        time_it(f"{batch} batch", grade, responses, [str(n) for n in range(1000)])
 
 
 def lost(busy: int) -> int:
@@ -92,40 +148,13 @@ def lost(busy: int) -> int:
             process.kill()
 
 
-def main() -> None:
-    """Print the rates in turns, then the times of the batches with pathological boxes."""
-    rng = random.Random(0)
-    rows = made_up(rng)
-    if sys.argv[1:]:
-        lines = Path(sys.argv[1]).read_text("utf-8").splitlines()
-        rows = [(row["solution"], row["answer"]) for row in map(json.loads, lines) if row["answer"]]
-        rows = rng.sample(rows, min(COUNT, len(rows)))
-    print(f"{len(rows)} ordinary outputs, {sys.argv[1:] or 'made up'}, {os.cpu_count()} cores")
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        warm = [(rf"\boxed{{x + {n}}}", f"{n} + x") for n in range(100)]
-        pool.map(plain, warm, 5)
-        grade(*zip(*warm, strict=True))
-        for _ in range(ROUNDS):
-            responses, answers = outputs(rows, rng)
-            pairs = list(zip(responses, answers, strict=True))
-            ours, mean = rate(grade, responses, answers)
-            print(f"grade {ours:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
-            again, mean = rate(grade, responses, answers)
-            print(f"again {again:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
-            theirs, mean = rate(pool.map, plain, pairs, 20)
-            print(f"plain {theirs:7.0f} responses/s, mean reward {mean:.4f}", flush=True)
-    for batch in ("first", "second"):
-        responses = [rf"\boxed{{{n}}}" for n in range(1000)]
-        for n in range(20):
-            responses[n * 50] = rf"\boxed{{{PATHOLOGICAL[n % 5]}}}"
-        start = time.perf_counter()
-        rewards = grade(responses, [str(n) for n in range(1000)])
-        seconds = time.perf_counter() - start
-        print(f"1,000 pairs, 20 pathological, {batch}: {seconds:.1f} s, {sum(rewards):.0f} right")
-    for busy in (0, 2, 4):
-        print(f"100 symbolic answers beside {busy} busy processes: {lost(busy)} lost")
-    print(counts)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["load"]:
+        for busy in (0, 2, 4):
+            print(f"100 symbolic answers beside {busy} busy processes: {lost(busy)} lost")
+    for path in sys.argv[2:]:
+        if sys.argv[1] == "check":
+            check_file(path)
+        else:
+            measure_speed(path)
+    print(counts)

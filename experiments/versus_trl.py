@@ -286,6 +286,8 @@ def main() -> None:
         raise UserError(
             f"{args.trl} has no trl; the first lines of this file say how to install it"
         )
+    if any(args.out.glob("*")):
+        raise UserError(f"{args.out} is not empty: remove it, or give another --out")
     sizes = [int(size) for size in args.trl_batch_sizes.split(",")]
     head = "".join(f"{name:>10}" for name in Times._fields)
     lines = [f"$ {' '.join(['python -m experiments.versus_trl', *sys.argv[1:]])}"]

@@ -275,16 +275,23 @@ def test_the_prompt_flags_are_part_of_the_header(model: Path) -> None:
     assert header["max_tokens"] == 5
 
 
+def benchmark(identity: dict) -> evaluate.Benchmark:
+    return evaluate.Benchmark([], PLAIN, identity)
+
+
 def test_results_of_another_run_are_refused_by_name(evaluated: SimpleNamespace) -> None:
     summary = json.loads((evaluated.folder / "summary.json").read_text())
     header = summary["header"] | {"model": "the same, elsewhere"}
-    digest = summary["benchmarks"]["digits"]["rows_digest"]
-    done = evaluate.read_summary(evaluated.folder, header, {"digits": digest, "other": "0"})
-    assert done == summary["benchmarks"]
+    scores = summary["benchmarks"]["digits"]
+    identity = {name: scores[name] for name in ("rows_digest", "prompt_template", "reward")}
+    same = {"digits": benchmark(identity), "other": benchmark({"rows_digest": "0"})}
+    assert evaluate.read_summary(evaluated.folder, header, same) == summary["benchmarks"]
     with pytest.raises(UserError, match="max_tokens 48, not 40"):
         evaluate.read_summary(evaluated.folder, header | {"max_tokens": 40}, {})
-    with pytest.raises(UserError, match=r"digits in .*rows_digest"):
-        evaluate.read_summary(evaluated.folder, header, {"digits": "0"})
+    for name in identity:
+        changed = {"digits": benchmark(identity | {name: "another"})}
+        with pytest.raises(UserError, match=rf"digits in .*{name}"):
+            evaluate.read_summary(evaluated.folder, header, changed)
     assert evaluate.read_summary(evaluated.folder / "new", header, {}) == {}
 
 
@@ -335,3 +342,12 @@ def test_bad_input_is_one_sentence_and_code_2(
     base = f"--model {model} --benchmarks {dataset} --out {tmp_path / 'out'} "
     assert_refused(evaluate, base + flags, says)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_columns_of_a_graded_file_play_no_part(tmp_path: Path) -> None:
+    rows = [
+        {"answer": "1", "output": "\\boxed{1}", "row": 7, "_task": "other"},
+        {"answer": "2", "output": "\\boxed{1}", "row": {"answer": "1"}, "reward": 1.0},
+    ]
+    path = write_lines(tmp_path / "foreign.jsonl", rows)
+    assert evaluate.grade_file(path)["mean"] == 0.5

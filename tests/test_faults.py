@@ -485,8 +485,8 @@ def test_manifest_of_any_content_is_no_error(checkpoint, capfd):
     assert find_checkpoint(checkpoint.parent) is None, "another step's schedule would be resumed"
     (damaged,) = checkpoint.parent.iterdir()
     assert damaged.name.startswith("damaged-") and damaged.name.endswith("step-2")
-    said = capfd.readouterr().err
-    assert str(checkpoint) in said and damaged.name in said
+    err = capfd.readouterr().err
+    assert str(checkpoint) in err and damaged.name in err
 
 
 @pytest.fixture
@@ -651,7 +651,9 @@ def test_full_disk_while_a_checkpoint_is_written(left, disk, run, one_rank, stag
     shutil.rmtree(out / "checkpoints" / "step-2")
     command = ("train_online.py", "--values", stage1.file, "--out", out, *RAGGED.split())
     result = run(*disk.leave(left), *command, "--resume")
-    assert_traceback(result, disk.says)
+    assert_traceback(result, "save_checkpoint")
+    # torch.save loses the system's error and says this instead.
+    assert disk.says in result.err or "unexpected pos" in result.err, result.all
     assert [path.name for path in checkpoints(out)] == ["step-1"]
     assert saved_step(out / "checkpoints" / "step-1") == 1 and not (out / "final").exists()
     first_rows = read_metrics(one_rank)[:1]
