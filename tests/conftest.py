@@ -296,7 +296,7 @@ def stage1(
 
 # Five sequences never divide evenly, and 200 tokens hold two: ranks and micro-batches are unequal.
 # A learning rate of 1e-4 moves the model of the tests visibly at each step.
-RAGGED = """--batch-size 5 --updates-per-batch 1 --num-steps 2 --micro-batch-tokens 200 --lr 1e-4
+RAGGED = """--batch-size 5 --samples-per-prompt 1 --updates-per-batch 1 --num-steps 2 --micro-batch-tokens 200 --lr 1e-4
 --beta2 0.1 --save-every 1"""
 # Two updates a step, two responses per prompt, and an evaluation now and then.
 LONG = """--batch-size 6 --updates-per-batch 2 --samples-per-prompt 2 --lr 1e-4 --beta2 0.1
@@ -341,7 +341,8 @@ def one_rank(stage2_runs: tuple) -> Path:
 
 
 FORK = Path(__file__).parent / "fork" / "parity.py"
-SHORT = "--batch-size 4 --num-steps 2 --lr 1e-4 --log-samples 3 --tracker trackio"
+SHORT = """--batch-size 4 --samples-per-prompt 1 --num-steps 2 --lr 1e-4 --log-samples 3
+--tracker trackio"""
 
 
 @pytest.fixture(scope="session")

@@ -852,7 +852,7 @@ def test_sampling_that_is_stopped_keeps_what_it_drew(stage, number, num_ranks, c
     assert not alive
     assert len(records(out)) >= 20
     for path in out.glob("*.partial/*.jsonl"):
-        assert path.read_bytes().endswith(b"\n"), "a line is torn"
+        assert path.read_bytes()[-1:] in (b"", b"\n"), "a line is torn"
     assert not (out / "values.json").exists() and not (out / "summary.json").exists()
 
 
