@@ -82,8 +82,8 @@ class Algorithm(NamedTuple):
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
-    # statistics by name, (B,) each. The update minimises the mean over all sequences. Statistics are
-    # reported of a step's first update alone, where the policy is still the one that sampled.
+    # statistics by name, (B,) each. The update minimises the mean over all sequences. Statistics
+    # are reported of a step's first update alone: there the policy is still the one that sampled.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
     # MicroBatch.numbers under the same name.
@@ -254,7 +254,8 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             updates = split_into_updates(responses, args, temperature, algorithm.group_size)
             add_ref_logp(run.ref, updates)
 
-        # 5. The algorithm's loss: for A*-PO, least squares on r - V*. The first update is on-policy, a second one slightly off it.
+        # 5. Descend the algorithm's loss: for A*-PO, least squares on r - V*. The first update is
+        # on-policy, a second one slightly off it.
         with timed(metrics, "seconds_update"):
             if algorithm.prepare is not None:
                 algorithm.prepare(run.policy, updates)

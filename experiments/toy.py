@@ -289,8 +289,7 @@ def train(model: Qwen2ForCausalLM, batches: Iterator[Batch], num_steps: int, lr:
 def make_settings(args: argparse.Namespace) -> dict:
     """Name everything that decides what the toy contains.
 
-    experiments/long_tail.py makes its toy with this module and with a Problem of its own. So the
-    file of the class tells the two toys apart.
+    A module that gives this one another Problem makes another toy, so its file is named as well.
     """
     return {
         "teacher": Path(inspect.getfile(Problem)).stem,

@@ -5,7 +5,7 @@ Command:  pip install --target runs/trl --no-deps trl==1.16.0 accelerate==1.15.0
           python -m experiments.versus_trl                                    (after `make demo`)
 Time:     10 minutes on 2 cores.
 Output:   versus-trl.txt and versus-trl.json in experiments/results.
-Answer:   VERSUS_TRL_ANSWER
+Answer:   it is printed; no full run of it has been made yet, so nothing is claimed
 
 Both sides have the same reference, prompts, reward, N, beta1, beta2, batch, learning rate, AdamW,
 clipping, response limit and float32, and one optimizer step per batch (TRL has no other). TRL runs

@@ -296,8 +296,8 @@ def stage1(
 
 # Five sequences never divide evenly, and 200 tokens hold two: ranks and micro-batches are unequal.
 # A learning rate of 1e-4 moves the model of the tests visibly at each step.
-RAGGED = """--batch-size 5 --samples-per-prompt 1 --updates-per-batch 1 --num-steps 2 --micro-batch-tokens 200 --lr 1e-4
---beta2 0.1 --save-every 1"""
+RAGGED = """--batch-size 5 --samples-per-prompt 1 --updates-per-batch 1 --num-steps 2
+--micro-batch-tokens 200 --lr 1e-4 --beta2 0.1 --save-every 1"""
 # Two updates a step, two responses per prompt, and an evaluation now and then.
 LONG = """--batch-size 6 --updates-per-batch 2 --samples-per-prompt 2 --lr 1e-4 --beta2 0.1
 --beta1 1 --eval-every 3"""
