@@ -1242,20 +1242,3 @@ def test_dataset_with_crlf_bom_blank_lines_and_many_rows(tmp_path):
     odd_dataset(path, rows)
     with pytest.raises(UserError, match=r"row 99001\b"):
         problems.load_problems(str(path))
-
-
-# ---------------------------------------------------------------------------------------------
-# Steady: the log of 500 steps is experiments/results/steady.txt
-
-
-@many
-def test_steady_measures_a_run(run, stage1, tmp_path):
-    out = tmp_path / "steady.txt"
-    arguments = ("--values", stage1.file, "--num-steps", "15", "--batch-size", "6", "--out", out)
-    result = run("-m", "experiments.steady", *arguments)
-    assert result.code == 0, result.all
-    for name in ("rss", "rss_with_graders", "open_files", "seconds_total"):
-        (line,) = re.findall(rf"^{name} .*", out.read_text(), re.MULTILINE)
-        early, late, ratio = (float(word) for word in line.split() if re.match(r"[\d.]+$", word))
-        assert early > 0 and ratio == pytest.approx(late / early, rel=0.1)
-    assert "steps 4-6" in out.read_text() and "steps 13-15" in out.read_text()
