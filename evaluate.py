@@ -409,6 +409,10 @@ def main() -> None:
         for name in done:  # left there if a kill came just before their removal
             engine.remove_partial(out / f"{name}.jsonl")
     for name in missing:
+        # Another run may have scored it while this one started its engine.
+        done = engine.on_rank_0(read_summary, out, header, benchmarks)
+        if name in done:
+            continue
         benchmark = benchmarks[name]
         path = out / f"{name}.jsonl"
         identity = without_path(header) | benchmark.identity

@@ -5,6 +5,7 @@ Exit codes: 0; 2 for a user's mistake, told in one sentence; 130 and 143 for SIG
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -132,8 +133,7 @@ def fraction(text: str) -> float:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` with the exit codes above.
 
-    A first SIGINT or SIGTERM raises SystemExit, so that files are closed; a second one ends the
-    process at once. The training loop replaces these handlers by a StopFlag.
+    SIGINT and SIGTERM end it at once. The training loop replaces these handlers by a StopFlag.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
@@ -147,9 +147,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Leave with exit code 128 + number; the next signal ends the process at once."""
-    signal.signal(number, signal.SIG_DFL)
-    sys.exit(128 + number)
+    """Leave with exit code 128 + number. What was sampled is on the disk already.
+
+    No exception is raised: one that reaches C++, while a library is imported, aborts the process.
+    """
+    with contextlib.suppress(RuntimeError):  # if the signal comes in the middle of a print
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 class StopFlag:
