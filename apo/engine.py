@@ -8,11 +8,13 @@ divide the requests among themselves.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import socket
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -148,6 +150,9 @@ def start_engine(
     `max_model_len` is the number of tokens of the longest prompt and response together; `options`
     are further arguments of vllm.LLM.
     """
+    # Known and harmless: Triton is not used on a CPU, and vLLM uses a name that torch has renamed.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import torch
     from vllm import LLM
 
