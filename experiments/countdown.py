@@ -132,7 +132,7 @@ problems.DATASETS["countdown"] = TASK
 # 2. The teacher
 
 LARGEST_NUMBER = 9
-SMALLEST_TARGET = 10
+SMALLEST_TARGET = 10  # so that no number is the target already
 LARGEST_VALUE = 60  # of a target and of what is computed on the way
 SIZES = (3, 4)  # how many numbers a problem has; each entry is as likely
 GIVES_UP = 0.2  # how often, after a try that misses
@@ -218,7 +218,7 @@ def draw_problem(rng: random.Random, sizes: tuple[int, ...] = SIZES) -> Problem:
     while True:
         numbers = [rng.randint(1, LARGEST_NUMBER) for _ in range(rng.choice(sizes))]
         target = draw_try(rng, tuple(numbers)).value
-        if target >= SMALLEST_TARGET and target not in numbers:
+        if target >= SMALLEST_TARGET:
             return Problem(tuple(sorted(numbers)), target)
 
 

@@ -107,8 +107,31 @@ def values_by_python(numbers: list[int]) -> dict[str, Fraction]:
     return values
 
 
-def test_precedence_is_pythons_and_exact():
-    """0.1 + 0.2 is not 0.3 in floating point: 7/3*3 must be 7 all the same."""
+@pytest.mark.parametrize(
+    ("expression", "numbers"),
+    [
+        ("5**2+1", [5, 2, 1]),
+        ("53//2", [53, 2]),
+        ("-4+30", [4, 30]),
+        ("+26", [26]),
+        ("(26)", [1]),
+        ("(26,)", [26]),
+    ],
+)
+def test_what_is_not_allowed_earns_0_even_where_python_says_26(expression, numbers):
+    row = {"numbers": numbers, "target": 26}
+    assert countdown.reward(expression, row) == 0.0
+    assert countdown.reward("26", {"numbers": [26], "target": 26}) == 1.0
+
+
+def test_values_are_exact():
+    assert 1 / 49 * 49 != 1  # in floating point
+    assert countdown.reward("1/49*49", {"numbers": [1, 49, 49], "target": 1}) == 1.0
+    row = {"numbers": [10**17, 10**17, 1], "target": 0}
+    assert countdown.reward(f"{10**17}-{10**17}-1", row) == 0.0
+
+
+def test_precedence_is_pythons():
     for numbers in ([3, 7, 49], [2, 3, 0], [10, 3, 3]):
         for text, value in values_by_python(numbers).items():
             for target in (7, 6, 10, 1, 0, 52):
@@ -429,7 +452,8 @@ def test_make_writes_rows_that_the_entry_turns_into_prompts(made, tokenizer, mon
 
 
 def test_make_does_not_write_over_a_reference(made, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["countdown", "make", "--out", str(made)])
+    arguments = ["--out", str(made), "--num-steps=1", "--num-train=2", "--num-test=2"]
+    monkeypatch.setattr(sys, "argv", ["countdown", "make", *arguments])
     with pytest.raises(UserError, match="reference exists"):
         countdown.main()
 
