@@ -10,7 +10,7 @@ Command:  python -m experiments.countdown make
           python -m experiments.countdown evaluate --model countdown/run/final \
               --benchmarks countdown --num-samples 64 --out countdown/after
           python -m experiments.plot countdown/run
-Time:     on 2 busy cores 3 minutes to make, 1 for stage 1, 8 for 150 steps, 3 for stage 3
+Time:     on 2 busy cores 4 minutes to make, 1 for stage 1, 8 for 150 steps, 3 for stage 3
 Output:   countdown/train.jsonl, test.jsonl and reference/; then what the stages write.
 Answer:   at temperature 1 the test problems solved rise from 14.4 ± 0.8 to 39.4 ± 2.0 %, and in
           64 tries from 92.2 to 96.9 % (experiments/results/countdown.txt, .jsonl and .png). One
@@ -19,14 +19,17 @@ Answer:   at temperature 1 the test problems solved rise from 14.4 ± 0.8 to 39.
 The task is to reach a target with given numbers, each used at most once:
 
     Make 26 from 4, 7, 15.        7-4=3*15=45
-                                  15+4=19+7=26
+                                  15+4=19+7=26, yes:
                                   \boxed{(15+4)+7}
 
-On the right a teacher works as on a pocket calculator: a line is a try, from left to right. The
-teacher never looks ahead. After a try that misses, it may give up, and puts that try into the box.
+On the right is how a teacher works. As on a pocket calculator, a line is a try, from left to right.
+The teacher never looks ahead. After a try that misses it may have enough, and then boxes that try.
 The reference learns from this teacher, on fresh problems all the time and never on a test problem.
-Two things are left for reinforcement learning to find out: which tries are promising, and that it
-pays to go on.
+Reinforcement learning has to find out that it pays to go on, and which tries are promising. In the
+run above the responses that end with "enough" fall from 83 to 6 %, the tries in a response rise
+from 2.7 to 6.6, and the first try hits in 9.4 % instead of 5.9 %. A search needs chance: 202 of the
+256 greedy answers repeat a try that has missed. So what counts here is the reward, not the accuracy
+that stage 2 measures greedily.
 """
 
 import argparse
@@ -64,7 +67,7 @@ OPERATORS = {
     ast.Div: operator.truediv,
 }
 ALLOWED = set("0123456789+-*/() ")
-LONGEST = 200  # characters of an expression; Python's parser takes more than this many brackets
+LONGEST = 200  # characters of an expression: too few for brackets that exhaust Python's stack
 
 
 def reward(response: str, row: dict) -> float:
