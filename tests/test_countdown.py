@@ -298,8 +298,11 @@ def test_seed_gives_the_data():
 
 def test_possible_steps():
     assert countdown.possible_steps(12, 4) == [
-        ("+", 4, 16), ("-", 4, 8), ("*", 4, 48), ("/", 4, 3),
-    ]  # fmt: skip
+        ("+", 4, 16),
+        ("-", 4, 8),
+        ("*", 4, 48),
+        ("/", 4, 3),
+    ]
     assert countdown.possible_steps(5, 1) == [("+", 1, 6), ("-", 1, 4)]
     for value in range(1, countdown.LARGEST_VALUE + 1):
         for number in range(1, countdown.LARGEST_NUMBER + 1):
@@ -432,8 +435,10 @@ def made(tmp_path_factory):
 
 def test_make_writes_rows_that_the_entry_turns_into_prompts(made, tokenizer, monkeypatch):
     assert sorted(path.name for path in made.iterdir()) == [
-        "reference", "test.jsonl", "train.jsonl",
-    ]  # fmt: skip
+        "reference",
+        "test.jsonl",
+        "train.jsonl",
+    ]
     assert set(read_jsonl(made / "train.jsonl")[0]) == {"id", "numbers", "target"}
     assert len(read_jsonl(made / "test.jsonl")) == 10
     task = dataclasses.replace(countdown.TASK, source=str(made / "{split}.jsonl"))
