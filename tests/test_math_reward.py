@@ -21,8 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apo import math_reward
-from apo.math_reward import check_answer, counts, decide, grade, last_box, reward, spell, submit
+from apo import math_equality, math_spelling
+from apo.math_equality import decide
+from apo.math_reward import check_answer, counts, grade, last_box, reward, submit
+from apo.math_spelling import spell
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,7 +212,7 @@ def test_spell(text: str, expected: str) -> None:
     ],
 )
 def test_split_unit(text: str, expected: tuple) -> None:
-    assert math_reward.split_unit(spell(text)) == expected
+    assert math_spelling.split_unit(spell(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -225,15 +227,15 @@ def test_split_unit(text: str, expected: tuple) -> None:
     ],
 )
 def test_read_inequality(text: str, expected: str) -> None:
-    assert math_reward.read_inequality(text) == expected
+    assert math_spelling.read_inequality(text) == expected
 
 
 def test_split_list() -> None:
-    assert math_reward.split_list("{1,(2,3),4}") == ["1", "(2,3)", "4"]
-    assert math_reward.split_list("y=2,x=1") == ["(1,2)"]
-    assert math_reward.split_list("x=2,x=1") == ["x=2", "x=1"]
-    assert math_reward.split_list(r"1\pm2") == ["1+2", "1-2"]
-    assert math_reward.split_list("(-∞,2),(2,∞)") == ["(-∞,2)", "(2,∞)"]
+    assert math_spelling.split_list("{1,(2,3),4}") == ["1", "(2,3)", "4"]
+    assert math_spelling.split_list("y=2,x=1") == ["(1,2)"]
+    assert math_spelling.split_list("x=2,x=1") == ["x=2", "x=1"]
+    assert math_spelling.split_list(r"1\pm2") == ["1+2", "1-2"]
+    assert math_spelling.split_list("(-∞,2),(2,∞)") == ["(-∞,2)", "(2,∞)"]
 
 
 def test_a_verdict_is_none_only_where_algebra_must_tell() -> None:
@@ -362,7 +364,7 @@ def test_no_box_of_two_tokens_is_slow(a: str, b: str, length: int, gold: str) ->
 
 @pytest.mark.parametrize("text", ["½" * 990, "0e" * 500, "5" * 999, "1 " * 490, "a " * 490])
 def test_known_slow_boxes_are_fast(text: str) -> None:
-    for length in (1000, math_reward.LONGEST):
+    for length in (1000, math_equality.LONGEST):
         assert min(cpu_seconds(text[:length], gold) for gold in GOLDS) < 0.2
 
 
@@ -577,5 +579,5 @@ def test_every_pair_of_tokens_is_sampled_evenly() -> None:
     """A fixed sweep beside the random one above: 60 of all pairs."""
     pairs = Random(0).sample(list(product(TOKENS, TOKENS)), 60)
     for a, b in pairs:
-        box = ((a + b) * 1000)[: math_reward.LONGEST]
+        box = ((a + b) * 1000)[: math_equality.LONGEST]
         assert min(cpu_seconds(box, gold) for gold in ("5", "1, 2, 3")) < 0.2, (a, b)
