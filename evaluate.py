@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from apo import command_line, engine, files, math_reward, problems
+from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import fraction, positive_integer, temperature, whole_number
 from apo.files import UserError
-from apo.problems import PromptStyle
+from apo.problems import Prompt, PromptStyle
 from losses import pass_at_k
 
 EXAMPLES = """examples:
@@ -41,7 +41,7 @@ EXAMPLES = """examples:
 # Sets of 30 or 40 problems.
 SMALL_BENCHMARKS = ("amc23", "aime24", "aime25", "hmmt_feb_2024", "hmmt_feb_2025")
 SAMPLES_OF_SMALL = 32
-LONGEST_PROMPT = 4096  # tokens; no benchmark has a longer one
+LONGEST_PROMPT = 32_768  # tokens
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -228,18 +228,16 @@ def settings_of_run(model: str) -> dict:
 
 def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
     """Decide on the prompt: by the flags if one is given, else as the model was trained."""
-    template = trained_with.get("prompt_template", problems.BOXED_TEMPLATE)
+    trained_style = PromptStyle.from_settings(trained_with)
     given = (args.system_prompt, args.chat_template_kwargs)
     if args.chat_template or given != (None, None):
         return problems.prompt_style(
-            template, args.chat_template, args.system_prompt, args.chat_template_kwargs
+            trained_style.template,
+            args.chat_template,
+            args.system_prompt,
+            args.chat_template_kwargs,
         )
-    return PromptStyle(
-        template=template,
-        chat_template=trained_with.get("chat_template", False),
-        system_prompt=trained_with.get("system_prompt"),
-        chat_template_kwargs=trained_with.get("chat_template_kwargs"),
-    )
+    return trained_style
 
 
 def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
@@ -252,10 +250,7 @@ def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,
         "seed": args.seed,
-        "prompt_template": style.template,
-        "chat_template": style.chat_template,
-        "system_prompt": style.system_prompt,
-        "chat_template_kwargs": style.chat_template_kwargs,
+        **style.settings(),
     }
 
 
@@ -326,15 +321,44 @@ def without_path(header: dict) -> dict:
 # The command
 
 
+def make_prompts(benchmark: Benchmark, name: str, longest: int, tokenizer: Any) -> list[Prompt]:
+    """Make a benchmark's prompts. Those of more than `longest` tokens are cut, with a message."""
+    prompts = []
+    for row in benchmark.rows:
+        prompts.append(problems.make_prompt(row, benchmark.style, tokenizer))
+    sentence = problems.cut_prompts(prompts, longest, tokenizer)
+    if sentence is not None and torch.distributed.get_rank() == 0:
+        print(f"{name}: {sentence}")
+    return prompts
+
+
+def room_for_prompt(args: argparse.Namespace) -> int:
+    """Return how many tokens a prompt can have, beside a response of --max-tokens.
+
+    Raises UserError if there is no room at all.
+    """
+    folder = files.model_folder(args.model)
+    room = files.context_length(folder) - args.max_tokens
+    # Some models compute positions in another way as soon as long texts are possible. They are
+    # asked in the way in which they were trained here, if responses fit into it.
+    room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
+    if room_as_trained >= 1:
+        room = min(room, room_as_trained)
+    if room < 1:
+        raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
+    # No prompt is longer than this, and it is a number where a model names no limit.
+    return int(min(room, LONGEST_PROMPT))
+
+
 def sample_benchmark(
     llm: Any,
     benchmark: Benchmark,
-    longest_prompt: int,
+    prompts: list[Prompt],
     path: Path,
     identity: dict,
     args: argparse.Namespace,
 ) -> list[dict]:
-    """Sample a benchmark and score the responses. A prompt that is too long keeps only its end."""
+    """Sample a benchmark and score the responses."""
     num_samples = args.num_samples
     if num_samples is None:
         # A local file has the task "math", whatever its name.
@@ -343,11 +367,6 @@ def sample_benchmark(
     sampling_temperature = args.temperature
     if sampling_temperature is None:
         sampling_temperature = 0.0 if num_samples == 1 else 1.0
-    prompts = []
-    for row in benchmark.rows:
-        prompt = problems.make_prompt(row, benchmark.style, llm.get_tokenizer())
-        prompt.ids = prompt.ids[-longest_prompt:]
-        prompts.append(prompt)
     return engine.sample_all(
         llm,
         prompts,
@@ -383,11 +402,7 @@ def main() -> None:
     benchmarks, ungradable = load_benchmarks(
         args.benchmarks, args.limit, style, trained_with.get("reward")
     )
-    # The engine reserves room for a prompt and a response.
-    room = files.context_length(files.model_folder(args.model)) - args.max_tokens
-    longest_prompt = int(min(LONGEST_PROMPT, room))
-    if longest_prompt < 1:
-        raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
+    room = room_for_prompt(args)
 
     engine.launch(args.tensor_parallel_size)
     if torch.distributed.get_rank() == 0:
@@ -398,6 +413,13 @@ def main() -> None:
     done = engine.on_rank_0(read_summary, out, header, benchmarks)
     missing = [name for name in benchmarks if name not in done]
     if missing:
+        tokenizer = problems.load_tokenizer(files.model_folder(args.model))
+        prompts_of = {}
+        for name in missing:
+            prompts_of[name] = make_prompts(benchmarks[name], name, room, tokenizer)
+        all_prompts = [prompt for name in missing for prompt in prompts_of[name]]
+        # The engine reserves memory for the longest prompt and response.
+        longest_prompt = max(len(prompt.ids) for prompt in all_prompts)
         llm = engine.start_engine(
             args.model,
             longest_prompt + args.max_tokens,
@@ -405,6 +427,7 @@ def main() -> None:
             args.gpu_memory_utilization,
             args.tensor_parallel_size,
         )
+        problems.check_prompts(all_prompts, engine.vocabulary_size(llm), tokenizer)
     if torch.distributed.get_rank() == 0:
         for name in done:  # left there if a kill came just before their removal
             engine.remove_partial(out / f"{name}.jsonl")
@@ -416,7 +439,7 @@ def main() -> None:
         benchmark = benchmarks[name]
         path = out / f"{name}.jsonl"
         identity = without_path(header) | benchmark.identity
-        records = sample_benchmark(llm, benchmark, longest_prompt, path, identity, args)
+        records = sample_benchmark(llm, benchmark, prompts_of[name], path, identity, args)
         if torch.distributed.get_rank() == 0:
             # The samples come first: a summary never names samples that are not there.
             done[name] = save_benchmark(path, records, benchmark.rows) | benchmark.identity

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from apo import command_line, engine, files, math_reward, problems
+from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import (
     positive_integer,
     positive_or_infinite,
@@ -87,11 +87,7 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
         "max_prompt_tokens": args.max_prompt_tokens,
         "max_tokens": args.max_tokens,
         "seed": args.seed,
-        # How a question becomes a prompt.
-        "prompt_template": style.template,
-        "chat_template": style.chat_template,
-        "system_prompt": style.system_prompt,
-        "chat_template_kwargs": style.chat_template_kwargs,
+        **style.settings(),
     }
 
 
@@ -176,14 +172,16 @@ def print_summary(header: dict, entries: list[dict]) -> None:
 def check_context(args: argparse.Namespace) -> int:
     """Return how many tokens a prompt and its response can have together.
 
-    Raises UserError if the model cannot read so many.
+    Raises UserError if the model cannot read so many, or if stage 2 could not train it.
     """
     max_model_len = args.max_prompt_tokens + args.max_tokens
-    if max_model_len > files.context_length(files.model_folder(args.model)):
+    folder = files.model_folder(args.model)
+    if max_model_len > files.context_length(folder):
         raise UserError(
             f"--max-prompt-tokens {args.max_prompt_tokens} + --max-tokens {args.max_tokens} is "
             f"more than {args.model} can read"
         )
+    self_check.check_config(folder, max_model_len)
     return max_model_len
 
 
@@ -206,13 +204,15 @@ def read_finished(out: Path, identity: dict) -> dict | None:
 
 def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int) -> list[Prompt]:
     """Make the prompts of all rows, and leave out those of more than `longest` tokens."""
+    tokenizer = llm.get_tokenizer()
     prompts = []
     for row in rows:
-        prompt = problems.make_prompt(row, style, llm.get_tokenizer())
+        prompt = problems.make_prompt(row, style, tokenizer)
         if len(prompt.ids) <= longest:
             prompts.append(prompt)
     if not prompts:
         raise UserError(f"no prompt fits into --max-prompt-tokens {longest}")
+    problems.check_prompts(prompts, engine.vocabulary_size(llm), tokenizer)
     return prompts
 
 
@@ -254,10 +254,21 @@ def main() -> None:
         args.tensor_parallel_size,
     )
     prompts = fitting_prompts(llm, rows, style, args.max_prompt_tokens)
+    # What stage 2 could not train is refused now, and not after hours of sampling.
+    responses = self_check.sample_for_check(llm, prompts)
+    engine.on_rank_0(self_check.check_model, files.model_folder(args.model), responses)
     n = args.num_value_samples
     # The records of a prompt's N responses follow each other.
     records = engine.sample_all(
-        llm, prompts, n, out, identity, args.seed, args.temperature, args.max_tokens
+        llm,
+        prompts,
+        n,
+        out,
+        identity,
+        args.seed,
+        args.temperature,
+        args.max_tokens,
+        must_finish=True,
     )
 
     if rank == 0:

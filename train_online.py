@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import losses
-from apo import command_line, engine, files, math_reward, problems
+from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import (
     positive_integer,
     positive_number,
@@ -49,11 +49,11 @@ from apo.files import UserError
 from apo.policy import (
     COMPUTE_DTYPE,
     DEVICE,
+    LARGEST_GAP,
     ON_GPU,
     MicroBatch,
     Policy,
     add_ref_logp,
-    check_window,
     load_optimizer,
     load_policy,
     make_mesh,
@@ -198,6 +198,7 @@ class TrainingData:
     entries: list[dict]  # the prompts of the values file that are used
     v_star: dict[str, float]  # by the prompt's id
     eval_rows: list[dict]
+    ungradable: list[str]  # a sentence for each evaluation row whose answer cannot be graded
 
 
 @dataclasses.dataclass
@@ -271,7 +272,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         metrics["seconds_total"] = time.perf_counter() - start
         metrics |= summarize(responses, metrics["seconds_total"])
-        check_finite(metrics)
+        check_metrics(metrics, temperature)
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
             metrics["eval_accuracy"] = evaluate(run, max_tokens)
@@ -426,8 +427,17 @@ def log_step(
         run.log.write_samples(metrics["step"], samples, logratios)
 
 
-def check_finite(metrics: dict[str, Any]) -> None:
+def check_metrics(metrics: dict[str, Any], temperature: float) -> None:
     """Stop before a broken policy is saved and the good ones are removed."""
+    # Dividing logits by a small temperature makes every difference larger.
+    largest_gap = LARGEST_GAP / min(1.0, temperature)
+    if metrics.get("logprob_gap", 0.0) > largest_gap:
+        raise UserError(
+            f"step {metrics['step']}: logprob_gap {metrics['logprob_gap']:.3g} is over "
+            f"{largest_gap:.3g}, so the engine samples from another distribution than the one that "
+            "is trained. The last checkpoint is from before that. Check that the model's folder "
+            "has not changed, and see logprob_gap in docs/metrics.md"
+        )
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise ArithmeticError(
             f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
@@ -468,6 +478,10 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
             print(f"{args.out} is finished: nothing to do")
         return None
 
+    if dist.get_rank() == 0:
+        for sentence in data.ungradable:
+            print(f"--eval-dataset, counted as wrong: {sentence}")
+
     header = data.values.header
     # The engine comes first, while no trainer memory is in its way.
     llm = engine.start_engine(
@@ -476,52 +490,58 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         args.seed,
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
-        # The engine's log-probs are taken at the sampling temperature, as the policy's are.
-        logprobs_mode="processed_logprobs",
         # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
         enable_prefix_caching=False,
         enable_sleep_mode=ON_GPU,
     )
-    mesh = make_mesh()
+    tokenizer = llm.get_tokenizer()
+    prompts = make_prompts(data.entries, data.values, tokenizer)
+    eval_prompts = make_eval_prompts(data, tokenizer)
+    problems.check_prompts(prompts + eval_prompts, engine.vocabulary_size(llm), tokenizer)
     reference = files.model_folder(header["model"])
+    responses = self_check.sample_for_check(llm, prompts)
+    engine.on_rank_0(self_check.check_model, reference, responses)
+
+    mesh = make_mesh()
     start = progress.checkpoint or reference
     checkpointing = args.gradient_checkpointing
     policy = load_policy(start, mesh, torch.float32, gradient_checkpointing=checkpointing)
-    check_window(policy, header["max_prompt_tokens"] + header["max_tokens"])
     ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
     ref.requires_grad_(False)
     # AdamW's own defaults are the published ones: betas 0.9 and 0.999, weight decay 0.01.
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
     if progress.checkpoint is not None:
         load_optimizer(progress.checkpoint, policy, optimizer)
-        policy.load_into(llm)  # the engine still holds the reference
+    policy.load_into(llm)
+    self_check.check_policy(policy, llm, prompts)
 
     if dist.get_rank() == 0 and args.tracker:
         log.start_tracker(args.tracker, config)
-    tokenizer = llm.get_tokenizer()
     return Run(
         log=log,
         llm=llm,
         policy=policy,
         ref=ref,
         optimizer=optimizer,
-        prompts=make_prompts(data.entries, data.values, tokenizer),
-        eval_prompts=make_eval_prompts(data, tokenizer),
+        prompts=prompts,
+        eval_prompts=eval_prompts,
         reference_folder=reference,
         last_step=progress.step,
     )
 
 
 def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
-    """Make the evaluation prompts in the style of training. One that is too long keeps its end."""
+    """Make the evaluation prompts in the style of training, and cut those that are too long."""
     prompts = []
     for row in data.eval_rows:
         style = problems.style_of_task(
             data.values.style, row["_task"], trained_reward=data.values.header["reward"]
         )
-        prompt = problems.make_prompt(row, style, tokenizer)
-        prompt.ids = prompt.ids[-data.values.header["max_prompt_tokens"] :]
-        prompts.append(prompt)
+        prompts.append(problems.make_prompt(row, style, tokenizer))
+    longest = data.values.header["max_prompt_tokens"]
+    sentence = problems.cut_prompts(prompts, longest, tokenizer)
+    if sentence is not None and dist.get_rank() == 0:
+        print(f"--eval-dataset: {sentence}")
     return prompts
 
 
@@ -539,12 +559,9 @@ def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
         "temperature",
         "max_prompt_tokens",
         "max_tokens",
-        "prompt_template",
-        "chat_template",
-        "system_prompt",
-        "chat_template_kwargs",
     ):
         config[name] = data.values.header[name]
+    config |= data.values.style.settings()
     config["values_digest"] = data.values.digest
     config["eval_digest"] = files.content_digest(data.eval_rows)
     return config
@@ -584,9 +601,13 @@ def check(args: argparse.Namespace) -> TrainingData:
     if args.eval_dataset is None:
         args.eval_dataset = default_eval_dataset(values.header["dataset"])
     eval_rows = []
+    ungradable = []
     if args.eval_dataset != "none":
         eval_rows = problems.load_problems(args.eval_dataset, "test")
-    return TrainingData(values, entries, v_star, eval_rows)
+        _, ungradable = problems.keep_gradable(args.eval_dataset, eval_rows)
+    longest = values.header["max_prompt_tokens"] + values.header["max_tokens"]
+    self_check.check_config(files.model_folder(values.header["model"]), longest)
+    return TrainingData(values, entries, v_star, eval_rows, ungradable)
 
 
 def default_eval_dataset(training_set: str) -> str:

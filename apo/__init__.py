@@ -3,6 +3,9 @@
 import importlib.util
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 - this is what says so
+    print(f"error: Python 3.11 or newer is needed, and this is {sys.version}", file=sys.stderr)
+    sys.exit(2)
 # Without this, a forgotten `source .venv/bin/activate` would end in "No module named 'torch'".
 for _library in ("torch", "transformers", "vllm", "datasets", "tqdm", "math_verify"):
     if importlib.util.find_spec(_library) is None:

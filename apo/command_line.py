@@ -137,6 +137,9 @@ def run(main: Callable[[], None]) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no "±" shows its code instead; nothing is lost for it.
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -65,6 +65,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
     import torch
 
     num_gpus = torch.cuda.device_count()
+    check_gpus(num_gpus)
     if "RANK" in os.environ:
         check_launcher()
         end_with_launcher()
@@ -75,19 +76,41 @@ def launch(tensor_parallel_size: int = 1) -> None:
 
     if num_gpus > 0:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(
-        # Objects and barriers travel over gloo, tensors on GPUs over NCCL.
-        "cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo",
-        # 48 times the default of 30 minutes: a day. Ranks finish their sampling at different times,
-        # so that one may wait long for another.
-        timeout=48 * torch.distributed.default_pg_timeout,
-    )
+    # Objects and barriers travel over gloo, tensors on GPUs over NCCL. A rank that hangs is noticed
+    # after the default time, 30 minutes. Only gloo waits longer: the ranks finish their sampling at
+    # different times, so that one may wait hours for another.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo")
+    gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    gloo._set_default_timeout(48 * torch.distributed.default_pg_timeout)
     world_size = torch.distributed.get_world_size()
     if world_size % tensor_parallel_size != 0:
         raise UserError(
             f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
             f"({world_size})"
         )
+
+
+def check_gpus(num_gpus: int) -> None:
+    """Raise UserError for GPUs that this code cannot use."""
+    import torch
+
+    if num_gpus == 0:
+        return
+    # The driver's own library counts GPUs; whether CUDA works with them is another question.
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"the NVIDIA driver of this machine is too old for CUDA {torch.version.cuda}, with "
+            "which this torch was built: update it (CUDA 13 needs 580 or newer), or hide the GPUs "
+            "with CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    for number in range(num_gpus):
+        major, minor = torch.cuda.get_device_capability(number)
+        if major < 8:
+            raise UserError(
+                f"GPU {number} ({torch.cuda.get_device_name(number)}) has compute capability "
+                f"{major}.{minor}: 8.0 is needed for bf16 and the attention kernel (A100, RTX 30 "
+                "and newer). Choose other GPUs with CUDA_VISIBLE_DEVICES"
+            )
 
 
 def check_launcher() -> None:
@@ -155,6 +178,12 @@ def start_engine(
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import torch
     from vllm import LLM
+    from vllm.model_executor.models.transformers.base import Base
+
+    # Architectures that vLLM does not have itself, it builds from transformers' classes. To compile
+    # them it would change these classes for the whole process, and the trainer could no longer make
+    # its own model from them. So they are not compiled.
+    Base._decorate_for_torch_compile = lambda self: None
 
     on_gpu = torch.cuda.is_available()
     # On a CPU vLLM would compile for seconds to gain microseconds.
@@ -168,6 +197,8 @@ def start_engine(
         hf_overrides={"head_dtype": "float32"},
         # The CPU engine cannot seed a request whose prompt it has cut into chunks.
         enable_chunked_prefill=on_gpu,
+        # Log-probs are those of the distribution that is sampled from, at its temperature.
+        logprobs_mode="processed_logprobs",
         enforce_eager=not on_gpu,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
@@ -176,6 +207,11 @@ def start_engine(
         use_tqdm_on_load=False,
         **options,
     )
+
+
+def vocabulary_size(llm: Any) -> int:
+    """Return for how many different tokens the model has an embedding."""
+    return llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
 
 def release_cache(llm: Any) -> None:
@@ -234,7 +270,7 @@ class Response:
     prompt: Prompt
     sample: int
     ids: list[int]  # its tokens, EOS included
-    text: str  # its tokens decoded, without special tokens
+    text: str  # its tokens decoded, without EOS and the like
     finished: bool  # whether it ended by itself (EOS), not at max_tokens
     sampler_logp: list[float]  # ln pi of each token by the engine; empty unless asked for
     reward: float | None = None  # None while it is being graded
@@ -256,15 +292,31 @@ def sample(
     max_tokens: int,
     top_p: float = 1.0,
 ) -> Iterator[Response]:
-    """Sample this rank's share of the requests; yield each response when it is sampled.
+    """Sample this rank's share of the requests and start to grade each response.
 
-    Its grading has then begun, and runs beside the sampling: `wait_for_reward` gives the result.
+    Grading runs beside the sampling: `wait_for_reward` gives the result.
+    """
+    for response in generate(llm, requests, temperature, max_tokens, top_p):
+        start_grading(response)
+        yield response
+
+
+def generate(
+    llm: Any,
+    requests: list[Request],
+    temperature: float,
+    max_tokens: int,
+    top_p: float = 1.0,
+) -> Iterator[Response]:
+    """Sample this rank's share of the requests; yield each response when it has ended.
+
     V* is an expectation under pi_ref itself, so that top_p is 1 and top_k is off in stages 1 and 2.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     engine = llm.llm_engine
     tokenizer = llm.get_tokenizer()
+    silent = silent_tokens(tokenizer)
     for i in share_of_requests(llm, len(requests)):
         request = requests[i]
         params = SamplingParams(
@@ -289,12 +341,32 @@ def sample(
                 prompt=requests[index].prompt,
                 sample=requests[index].sample,
                 ids=list(completion.token_ids),
-                text=tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                text=response_text(requests[index].prompt, completion.token_ids, silent, tokenizer),
                 finished=completion.finish_reason == "stop",
                 sampler_logp=list(completion.logprobs.logprobs) if completion.logprobs else [],
             )
-            start_grading(response)
             yield response
+
+
+def silent_tokens(tokenizer: Any) -> set[int]:
+    """Return the special tokens that are no part of a response's text, such as EOS.
+
+    A box inside of <think> ... </think> is no answer, so the reward must see these marks. Some
+    tokenizers count them as special tokens; here they are text.
+    """
+    return {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in ("<think>", "</think>")
+    }
+
+
+def response_text(prompt: Prompt, ids: list[int], silent: set[int], tokenizer: Any) -> str:
+    """Decode a response. Where the chat template has opened a thought, its mark is put before."""
+    text = tokenizer.decode([token for token in ids if token not in silent])
+    if prompt.text.rstrip().endswith("<think>"):
+        return "<think>" + text
+    return text
 
 
 def share_of_requests(llm: Any, num_requests: int) -> range:
@@ -352,6 +424,9 @@ def gather(sampled: list[Response]) -> list[Response]:
 # ---------------------------------------------------------------------------------------------
 # Sampling that survives a kill: stages 1 and 3
 
+# So many responses of each engine tell whether the model ends its responses at all.
+NUM_FIRST = 100
+
 
 def sample_all(
     llm: Any,
@@ -363,13 +438,15 @@ def sample_all(
     temperature: float,
     max_tokens: int,
     top_p: float = 1.0,
+    must_finish: bool = False,
 ) -> list[dict]:
     """Draw graded samples of each prompt, and return one record for each, in order.
 
     A record is {"id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens"}.
     Every rank appends its records to OUT.partial/RANK.jsonl as they are graded. A run that was
     killed and is started again with the same `identity` samples only what is missing; another
-    identity is a UserError that names the difference. The caller saves the records and then calls
+    identity is a UserError that names the difference. With `must_finish` it is also a UserError if
+    nearly none of the first responses ends by itself. The caller saves the records and then calls
     `remove_partial`. Every rank must call it together.
     """
     import torch
@@ -401,10 +478,15 @@ def sample_all(
         file.flush()
         progress.update()
 
+    share = share_of_requests(llm, len(requests))
+    first = set(share[:NUM_FIRST]) if must_finish else set()
+    ends_of_first = []
     waiting = deque()
-    total = len(share_of_requests(llm, len(requests)))
-    with tqdm(total=total, unit=" responses", disable=rank > 0) as progress:
+    with tqdm(total=len(share), unit=" responses", disable=rank > 0) as progress:
         for response in sample(llm, requests, temperature, max_tokens, top_p):
+            if response.index in first:
+                ends_of_first.append(response.finished)
+                check_endings(ends_of_first, max_tokens)
             waiting.append(response)
             while waiting and is_graded(waiting[0]):
                 save(waiting.popleft())
@@ -418,6 +500,17 @@ def sample_all(
         for record in records:
             done[record["id"], record["sample"]] = record
     return [done[prompt.row["id"], i] for prompt in prompts for i in range(num_samples)]
+
+
+def check_endings(ends: list[bool], max_tokens: int) -> None:
+    """Raise UserError if nearly none of NUM_FIRST responses ended by itself: all would earn 0."""
+    if len(ends) == NUM_FIRST and sum(ends) <= 0.02 * NUM_FIRST:
+        raise UserError(
+            f"{NUM_FIRST - sum(ends)} of the first {NUM_FIRST} responses did not end within "
+            f"--max-tokens {max_tokens}, and would earn 0. Raise it; or use --chat-template for an "
+            "instruct model; or add the token that ends its turns to eos_token_id in the model's "
+            "generation_config.json"
+        )
 
 
 def make_record(response: Response) -> dict:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import losses
 from apo import files
@@ -36,6 +38,10 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Weights are kept in float32 and used in bf16. On a CPU bf16 is slow, and float32 is exact.
 COMPUTE_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# The engine and the trainer round differently. If their ln pi differ by more than this, in nats a
+# token on average, something else is wrong. In float32 1e-5 is usual. The bound for bf16 is a guess
+# until it is measured on a GPU.
+LARGEST_GAP = 0.1 if ON_GPU else 1e-2
 
 # ---------------------------------------------------------------------------------------------
 # Packed sequences
@@ -101,26 +107,33 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str
 def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Assign sequences to ranks and micro-batches: [rank][micro-batch] -> places in `lengths`.
 
-    The longest come first, each to the rank with the fewest tokens, so that all ranks finish
-    together. A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number
-    of forward passes on every rank, so ranks with fewer micro-batches get empty ones at the end.
+    A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number of
+    forward passes on every rank, so all ranks get the same number of micro-batches. They are the
+    fewest that do, and as even as can be: a small one costs nearly as much time as a full one,
+    because each gathers all weights. A rank with few sequences can have empty ones.
     """
-    assigned = [[[]] for _ in range(num_ranks)]  # one empty micro-batch for each rank
-    rank_tokens = [0] * num_ranks
-    batch_tokens = [0] * num_ranks  # of each rank's last micro-batch
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = rank_tokens.index(min(rank_tokens))
-        rank_tokens[rank] += lengths[place]
-        if assigned[rank][-1] and batch_tokens[rank] + lengths[place] > budget:
-            assigned[rank].append([])
-            batch_tokens[rank] = 0
-        assigned[rank][-1].append(place)
-        batch_tokens[rank] += lengths[place]
+    of_ranks = distribute(range(len(lengths)), lengths, num_ranks)
+    num_batches = 1
+    while True:
+        assigned = [distribute(places, lengths, num_batches) for places in of_ranks]
+        batches = [batch for of_rank in assigned for batch in of_rank]
+        if all(len(batch) <= 1 or sum(lengths[i] for i in batch) <= budget for batch in batches):
+            return assigned
+        num_batches += 1
 
-    most = max(len(batches) for batches in assigned)
-    for batches in assigned:
-        batches += [[] for _ in range(most - len(batches))]
-    return assigned
+
+def distribute(places: Iterable[int], lengths: list[int], num_parts: int) -> list[list[int]]:
+    """Divide sequences into parts of about equally many tokens.
+
+    The longest come first, each to the part with the fewest tokens.
+    """
+    parts = [[] for _ in range(num_parts)]
+    num_tokens = [0] * num_parts
+    for place in sorted(places, key=lambda i: -lengths[i]):
+        smallest = num_tokens.index(min(num_tokens))
+        parts[smallest].append(place)
+        num_tokens[smallest] += lengths[place]
+    return parts
 
 
 def make_micro_batches(
@@ -182,6 +195,13 @@ def make_micro_batch(
         num_sequences=num_sequences,
         num_tokens=num_tokens,
     )
+
+
+def register_packed_attention() -> None:
+    """Make `packed_attention` known to transformers, under the name "packed"."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed", packed_attention)
 
 
 def packed_attention(
@@ -267,9 +287,14 @@ class Policy(torch.nn.Module):
 
         def whole_weights() -> Any:
             for name, weight in self.lm.state_dict().items():
-                yield name, weight.to(COMPUTE_DTYPE).full_tensor()
+                yield name, whole(weight.to(COMPUTE_DTYPE))
 
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights()})
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Put a weight's slices together. Buffers are no DTensors: every rank has them whole."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def make_mesh() -> DeviceMesh:
@@ -291,47 +316,23 @@ def load_policy(
 ) -> Policy:
     """Load a model, with weights kept in `dtype`, and shard it over the mesh.
 
-    Every rank first loads the whole model into CPU memory, and then keeps only its slices.
-
-    Raises UserError for a model whose log-probs would come out wrong.
+    Every rank first loads the whole model into CPU memory, and then keeps only its slices. Whether
+    the model is one that this file computes right is checked in self_check.py.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    AttentionInterface.register("packed", packed_attention)
+    register_packed_attention()
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="packed")
-    check_supported(lm)
+    # Never training mode: it would switch dropout on, and ln pi would be another one each time.
+    lm.eval()
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers looks at this mark of a layer. The modules inside stay in evaluation mode.
+        for layer in lm.base_model.layers:
+            layer.training = True
     policy = Policy(lm)
     shard([*lm.base_model.layers, policy], mesh, offload)
-    return policy.train()
-
-
-def check_supported(lm: torch.nn.Module) -> None:
-    """Raise UserError for a model whose head or attention the code above does not do."""
-    config = lm.config.to_dict()
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if name in config:
-            raise UserError(f"{lm.config.model_type} is not supported: its config has {name}")
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError(f"{lm.config.model_type} is not supported: it has sliding-window attention")
-    if lm.get_output_embeddings().bias is not None:
-        raise UserError(f"{lm.config.model_type} is not supported: its head has a bias")
-
-
-def check_window(policy: Policy, longest: int) -> None:
-    """Raise UserError if all layers have a sliding window that is shorter than a sequence can be.
-
-    A config without layer_types, such as Mistral's, has one window for all layers. packed_attention
-    has none, which is the same for sequences that fit into the window.
-    """
-    config = policy.lm.config.to_dict()
-    window = config.get("sliding_window")
-    if window is not None and not config.get("layer_types") and window < longest:
-        raise UserError(
-            f"{policy.lm.config.model_type} is not supported for sequences of {longest} tokens: "
-            f"its attention has a sliding window of {window}"
-        )
+    return policy
 
 
 def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = False) -> None:
@@ -396,12 +397,15 @@ def save_checkpoint(
     dist.barrier()
 
     dtype = COMPUTE_DTYPE if optimizer is None else torch.float32
+    # A head that is tied to the embedding is in the state twice, and in the file once.
+    parameters = {name for name, _ in policy.lm.named_parameters(remove_duplicate=False)}
+    tied = parameters - {name for name, _ in policy.lm.named_parameters()}
     weights = {}
-    # named_parameters has a head that is tied to the embedding only once.
-    for name, parameter in policy.lm.named_parameters():
-        weight = parameter.detach().to(dtype).full_tensor()
-        if dist.get_rank() == 0:
-            weights[name] = weight.cpu()
+    for name, sharded in policy.lm.state_dict().items():
+        if name not in tied:
+            weight = whole(sharded.to(dtype))
+            if dist.get_rank() == 0:
+                weights[name] = weight.cpu()
     if optimizer is not None:
         state = dcp_state.get_optimizer_state_dict(policy, optimizer)
         dcp.save({"optimizer": state}, checkpoint_id=unfinished / "trainer")

@@ -21,6 +21,7 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,9 @@ def make_row(
     row = dict(source)
     row["question"] = clean_text(question(source))
     row["answer"] = answer(source)
+    # Tables in parquet may hold exact decimals.
+    if isinstance(row["answer"], Decimal):
+        row["answer"] = str(row["answer"])
     row["_task"] = task
     return row
 
@@ -339,8 +343,24 @@ class PromptStyle:
     system_prompt: str | None = None
     chat_template_kwargs: dict | None = None
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "PromptStyle":
+        """Read a style from a header or a config.json; what is missing is as for base models."""
+        return cls(
+            template=settings.get("prompt_template", BOXED_TEMPLATE),
+            chat_template=settings.get("chat_template", False),
+            system_prompt=settings.get("system_prompt"),
+            chat_template_kwargs=settings.get("chat_template_kwargs"),
+        )
 
-PLAIN = PromptStyle()  # as for base models: the template alone
+    def settings(self) -> dict[str, Any]:
+        """Return the fields by the names that they have in headers and in config.json."""
+        return {
+            "prompt_template": self.template,
+            "chat_template": self.chat_template,
+            "system_prompt": self.system_prompt,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
 
 
 @dataclasses.dataclass
@@ -350,6 +370,9 @@ class Prompt:
     row: dict
     text: str
     ids: list[int]
+
+
+PLAIN = PromptStyle()  # as for base models: the template alone
 
 
 def prompt_style(
@@ -410,6 +433,55 @@ def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None 
     # A chat template has already written the special tokens, such as BOS.
     ids = tokenizer.encode(text, add_special_tokens=not style.chat_template)
     return Prompt(row, text, ids)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model's tokenizer, without an engine."""
+    from transformers import AutoTokenizer  # here, as it takes seconds
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def check_prompts(prompts: list[Prompt], vocabulary_size: int, tokenizer: Any) -> None:
+    """Raise UserError for a prompt that the model cannot continue.
+
+    `vocabulary_size` is the number of words that the model has an embedding for.
+    """
+    for prompt in prompts:
+        if not prompt.ids:
+            raise UserError(f"the prompt of {prompt.row['id']} has no tokens")
+        if max(prompt.ids) >= vocabulary_size:
+            raise UserError(
+                f"the prompt of {prompt.row['id']} has the token {max(prompt.ids)}, and the model "
+                f"has an embedding for {vocabulary_size} only: resize it for the added tokens"
+            )
+        # Some tokenizers append EOS to whatever they encode.
+        ends = prompt.ids[-1] == tokenizer.eos_token_id
+        if ends and not prompt.text.endswith(tokenizer.eos_token):
+            raise UserError(
+                f"the tokenizer appends {tokenizer.eos_token} to prompts, so that a response would "
+                'begin after the end: set "add_eos_token" to false in its tokenizer_config.json'
+            )
+
+
+def cut_prompts(prompts: list[Prompt], longest: int, tokenizer: Any) -> str | None:
+    """Cut the beginning of prompts of more than `longest` tokens.
+
+    Returns a sentence that says how many were cut, None if none was. Raises UserError if they are
+    more than half: then the model would be asked something else.
+    """
+    num_cut = 0
+    for prompt in prompts:
+        if len(prompt.ids) > longest:
+            prompt.ids = prompt.ids[-longest:]
+            prompt.text = tokenizer.decode(prompt.ids)
+            num_cut += 1
+    if num_cut == 0:
+        return None
+    sentence = f"{num_cut} of {len(prompts)} prompts have more than {longest} tokens"
+    if num_cut > len(prompts) / 2:
+        raise UserError(f"{sentence}: too many to ask only for their end")
+    return f"{sentence}: only their end is asked"
 
 
 # ---------------------------------------------------------------------------------------------

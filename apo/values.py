@@ -39,12 +39,7 @@ def load_values(path: str) -> Values:
     document = files.read_json(path)
     header = check_header(document, path)
     entries = check_entries(document, path)
-    style = PromptStyle(
-        template=header["prompt_template"],
-        chat_template=header["chat_template"],
-        system_prompt=header["system_prompt"],
-        chat_template_kwargs=header["chat_template_kwargs"],
-    )
+    style = PromptStyle.from_settings(header)
     digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
     return Values(header, entries, style, digest)
 
@@ -57,10 +52,7 @@ def check_header(document: dict, name: str) -> dict:
     header = {
         "task": "math",
         "dataset": name,
-        "prompt_template": problems.BOXED_TEMPLATE,
-        "chat_template": False,
-        "system_prompt": None,
-        "chat_template_kwargs": None,
+        **problems.PLAIN.settings(),
     }
     header.update(given)
     for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):

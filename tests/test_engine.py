@@ -59,7 +59,6 @@ def llm(model: Path) -> Iterator[Any]:
         seed=0,
         gpu_memory_utilization=0.5,
         tensor_parallel_size=1,
-        logprobs_mode="processed_logprobs",
         enable_prefix_caching=False,
     )
     yield llm
