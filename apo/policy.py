@@ -287,13 +287,15 @@ class Policy(torch.nn.Module):
 
         def whole_weights() -> Any:
             for name, weight in self.lm.state_dict().items():
-                yield name, whole(weight.to(COMPUTE_DTYPE))
+                yield name, whole(weight, COMPUTE_DTYPE)
 
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights()})
 
 
-def whole(weight: Tensor) -> Tensor:
-    """Put a weight's slices together. Buffers are no DTensors: every rank has them whole."""
+def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put a weight's slices together, in `dtype`. Buffers have no slices, and may be integers."""
+    if weight.is_floating_point():
+        weight = weight.to(dtype)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
@@ -403,7 +405,7 @@ def save_checkpoint(
     weights = {}
     for name, sharded in policy.lm.state_dict().items():
         if name not in tied:
-            weight = whole(sharded.to(dtype))
+            weight = whole(sharded, dtype)
             if dist.get_rank() == 0:
                 weights[name] = weight.cpu()
     if optimizer is not None:
