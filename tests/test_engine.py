@@ -139,6 +139,70 @@ def test_sampler_log_probs_are_those_of_the_model_at_its_temperature(
         assert response.sampler_logp == pytest.approx(expected, abs=1e-4)
 
 
+def thinking_tokenizer() -> Any:
+    """Make a tokenizer in which the marks of a thought are special tokens, as EOS is."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<think>", "</think>", "<|im_end|>"]}
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "prompt, output, text, reward",
+    [
+        ("Q", "<think>\\boxed{1}</think>\\boxed{5}<|im_end|>", None, 1.0),
+        ("Q", "<think>\\boxed{5}</think>\\boxed{1}<|im_end|>", None, 0.0),
+        ("Q", "<think>\\boxed{5}<|endoftext|>", "<think>\\boxed{5}", 0.0),
+        # The chat template has opened the thought.
+        ("Q<think>\n", "\\boxed{5}</think>\\boxed{1}<|im_end|>", None, 0.0),
+        ("Q<think>\n", "so \\boxed{5}<|im_end|>", "<think>so \\boxed{5}", 0.0),
+        ("Q<think>\n", "so</think> \\boxed{5}<|im_end|>", "<think>so</think> \\boxed{5}", 1.0),
+        ("Q<think>\n\n</think>", "\\boxed{5}<|im_end|>", "\\boxed{5}", 1.0),
+    ],
+)
+def test_the_marks_of_a_thought_reach_the_reward(
+    prompt: str, output: str, text: str | None, reward: float
+) -> None:
+    """A box inside of a thought is no answer. EOS and the like are no part of the text."""
+    tokenizer = thinking_tokenizer()
+    ids = tokenizer(output, add_special_tokens=False).input_ids
+    silent = engine.silent_tokens(tokenizer)
+    found = engine.response_text(Prompt({"id": "a"}, prompt, [1]), ids, silent, tokenizer)
+    assert text is None or found == text
+    assert "<|" not in found
+    row = {"id": "a", "answer": "5", "_task": "math"}
+    assert problems.submit_reward(found, row).result() == reward
+
+
+def test_a_model_that_never_ends_its_responses_is_noticed_early() -> None:
+    """Only when so many have ended or not, and not if some of them do."""
+    ends = [False] * engine.NUM_FIRST
+    with pytest.raises(UserError, match="--max-tokens 48"):
+        engine.check_endings(ends, 48)
+    engine.check_endings(ends[:-1], 48)
+    engine.check_endings([True] * 5 + ends[5:], 48)
+
+
+@pytest.mark.parametrize(
+    "available, capability, says",
+    [(True, (8, 0), None), (True, (7, 5), "compute capability 7.5"), (False, (9, 0), "driver")],
+)
+def test_a_gpu_that_cannot_be_used_is_told(
+    available: bool, capability: tuple, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 lacks bf16, and the driver's library also counts GPUs that CUDA cannot use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
+    engine.check_gpus(0)
+    if says is None:
+        engine.check_gpus(2)
+    else:
+        with pytest.raises(UserError, match=says):
+            engine.check_gpus(2)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_engine_is_drained_before_its_cache_is_released(
     llm: Any, asynchronous: bool, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -295,6 +296,59 @@ def test_a_base_model_is_asked_with_the_template_alone() -> None:
     assert prompt.text == problems.format_prompt("{x}?")
     assert prompt.ids[0] == 256 and tokenizer.decode(prompt.ids[1:]) == prompt.text
     assert prompt.row["id"] == "a"
+
+
+def make_prompts(*lengths: int) -> list[Prompt]:
+    return [Prompt({"id": f"p{n}"}, "a" * n, [65] * n) for n in lengths]
+
+
+def test_a_prompt_that_the_model_cannot_continue_is_refused() -> None:
+    """A token without an embedding, an end that the tokenizer puts after every prompt, no token."""
+    tokenizer = make_tokenizer()
+    prompts = make_prompts(3, 5)
+    problems.check_prompts(prompts, 257, tokenizer)
+    prompts[1].ids[2] = 257
+    with pytest.raises(UserError, match="p5 has the token 257"):
+        problems.check_prompts(prompts, 257, tokenizer)
+    prompts[1].ids = [65, 256]
+    with pytest.raises(UserError, match="add_eos_token"):
+        problems.check_prompts(prompts, 257, tokenizer)
+    prompts[1].text += "<|endoftext|>"  # the template itself has written it
+    problems.check_prompts(prompts, 257, tokenizer)
+    prompts[1].ids = []
+    with pytest.raises(UserError, match="p5 has no tokens"):
+        problems.check_prompts(prompts, 257, tokenizer)
+
+
+def test_long_prompts_keep_their_end_and_are_counted() -> None:
+    tokenizer = make_tokenizer()
+    prompts = [problems.make_prompt({"id": "a", "question": "abcdef"}, PLAIN, tokenizer)]
+    prompts += make_prompts(3, 4)
+    text = prompts[0].text
+    assert problems.cut_prompts(prompts, len(text), tokenizer) is None
+    sentence = problems.cut_prompts(prompts, 10, tokenizer)
+    assert "1 of 3" in sentence and "10 tokens" in sentence
+    assert prompts[0].text == text[-10:] and len(prompts[0].ids) == 10
+    assert [len(prompt.ids) for prompt in prompts[1:]] == [3, 4]
+    with pytest.raises(UserError, match="2 of 3"):
+        problems.cut_prompts(prompts, 3, tokenizer)
+
+
+def test_exact_decimals_of_a_table_are_answers(tmp_path: Path) -> None:
+    import datasets
+
+    table = {"question": ["a"], "answer": [Decimal("2.50")]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "decimal.parquet")
+    (row,) = problems.load_problems(str(tmp_path / "decimal.parquet"))
+    assert problems.reward(r"\boxed{2.5}", row) == 1.0
+    (gradable,), _ = problems.keep_gradable("decimal", [row])
+    assert gradable["answer"] == "2.50"
+
+
+def test_a_style_is_read_back_as_it_was_written() -> None:
+    style = PromptStyle("a {question}", True, "be brief", {"enable_thinking": False})
+    assert PromptStyle.from_settings(style.settings()) == style
+    assert PromptStyle.from_settings({}) == PLAIN
 
 
 def test_a_chat_model_is_asked_in_its_template_once_with_special_tokens() -> None:

@@ -129,10 +129,13 @@ def broken(
 
 
 def test_without_the_sync_they_do_not(broken: SimpleNamespace) -> None:
-    """The test above means something: with all syncs lost, the gap is seen."""
-    assert broken.lost.code == 0, broken.lost.all
-    first, second = read_metrics(broken.folder / "lost")
-    assert first["logprob_gap"] < 1e-4 and second["logprob_gap"] > 1e-3
+    """The test above means something: with all syncs lost, the gap is seen, and ends the run."""
+    assert broken.lost.code == 2, broken.lost.all
+    assert_one_error(broken.lost.err, "step 2: logprob_gap")
+    (first,) = read_metrics(broken.folder / "lost")
+    assert first["logprob_gap"] < 1e-4
+    folder = broken.folder / "lost" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(broken: SimpleNamespace) -> None:
