@@ -3,11 +3,13 @@ r"""The mathematical reward: does the answer in a response equal the reference a
     reward(r"Half of them, so $\boxed{\frac{1}{2}}$.", "0.5")  ->  1.0
     reward(r"Half of them, so 0.5.", "0.5")                    ->  0.0, since there is no box
 
-The answer in a response is what its last box contains. Three files share the work:
+The answer in a response is what its last box contains. Five files share the work:
 
     math_reward.py     finds the box, and compares many pairs at once
-    math_equality.py   says what equal means
-    math_spelling.py   reads LaTeX: spellings that mean the same, lists, intervals, units
+    math_algebra.py    compares two expressions with sympy
+    math_equality.py   says what equal means: read this one first
+    math_units.py      splits a unit off
+    math_spelling.py   reads LaTeX: spellings that mean the same, lists, intervals
 
 The calling process compares text and plain numbers itself, and imports nothing heavy. Algebra may
 hang or take all memory, so a pair that takes algebra goes to a worker process. The kernel kills a
@@ -30,7 +32,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from apo.math_equality import by_algebra, decide, leave_open
+from apo.math_algebra import by_algebra
+from apo.math_equality import decide, leave_open
 
 # The limits for the algebra of one pair. The first counts the CPU time of the worker, which does
 # not pass while other processes have the CPU. The second ends a worker that sleeps.

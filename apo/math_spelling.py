@@ -1,20 +1,29 @@
-"""Reading LaTeX: one spelling for what means the same, and the parts of an answer."""
+r"""Reading LaTeX: one spelling for all that mean the same, and the parts of an answer.
+
+    spell(r"\left( \dfrac12,\; 1{,}234 \right)")  ->  (\frac{1}{2},1234)
+    split_list("{1,(2,3)}")                       ->  1 and (2,3)
+    read_inequality("3≥x>1")                      ->  (1,3]
+
+Nothing here compares: math_equality.py does.
+"""
 
 import functools
 import re
 from itertools import accumulate
 
-# Spelling: replacements that change no meaning ----------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 # A character, and what it is in LaTeX.
 CHARACTERS = r"""
     − -   – -   × \times   · \cdot   ⋅ \cdot   ÷ /   √ \sqrt   π \pi   ∞ \infty   ° ^\circ   ， ,
-    ² ^{2}   ³ ^{3}   ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
+    ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
     θ \theta   α \alpha   β \beta   γ \gamma   λ \lambda   μ \mu   φ \phi   ω \omega   Δ \Delta
     ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ℝ \mathbb{R}   （ (   ） )   ： :
 """
-# A command, and the one that this file uses for it.
-COMMANDS = r"""
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
+# A command or a word, and what this file uses for it.
+NAMES = r"""
     \dfrac \frac   \tfrac \frac   \cfrac \frac   \dbinom \binom   \tbinom \binom   \$ $
     \lt <   \gt >   \le ≤   \leq ≤   \leqslant ≤   \ge ≥   \geq ≥   \geqslant ≥   \ne ≠   \neq ≠
     \infty ∞   \in =   \approx =   \cup ,   \{ {   \} }   \lbrace {   \rbrace }   \mid |   \% %
@@ -23,49 +32,13 @@ COMMANDS = r"""
     \pmod \mod   \bmod \mod   \setminus \backslash   \mathrm \text   \textbf \text   \textrm \text
     \textit \text   \textnormal \text   \mathsf \text   \mbox \text   \operatorname \text
     \div /   \nicefrac \frac   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
+    sqrt \sqrt   pi \pi   sin \sin   cos \cos   tan \tan   cot \cot   log \log   ln \ln   exp \exp
+    arcsin \arcsin   arccos \arccos   arctan \arctan   gcd \gcd   percent %   and ~,~   or ~,~
 """
 DROPPED = r"""
     \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \displaystyle \textstyle \limits
     \mathbf \boldsymbol \bm \mathit \underline \! \( \)
 """
-# Pattern, replacement and, where the pattern is not plain, an example of what it finds. The order:
-# words, numbers, arguments of commands, spaces, then what may stand at the ends of the text.
-SPELLINGS = [
-    (r"_\{? *\\text *\{ *([^{} ]*) *\}\}?", r"_{\1}"),  # v_\text{max}
-    (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])", r"\\\1"),  # 2pi
-    (r"\\text *\{(sin|cos|tan|log|ln|exp|gcd|max|min|arc\w+)\}", r"\\\1 "),
-    (r"\\text *\{( ?(?:[ei]|[\dA-Z]*\d[\dA-Z]*) ?)\}", r"\1"),  # \text{3}, \text{i}
-    (r"^\\text *\{([^{}]*[\d,][^{}]*)\}$", r"\1"),  # \text{5 cm}
-    (r"^\\text *\{[^{}]*(is|are|:) *\}", ""),  # \text{The answer is } 5
-    (r"\\text *\{ *\(?(since|because|where|for any)\b.*", ""),  # 3 \text{ (since } x > 0)
-    (r" *(\\text *\{ *(%|per ?cent) *\}|%|\bper ?cent\b)", "%"),
-    (r"\$ *([\d,.{}]*\d)|(?<=\d) *\$", r"\1\\text{dollar}"),  # $18.90
-    (r"[ ,]*(\\text *\{[ ,]*(and|or) *\}|\b(and|or)\b|;|&)[ ,]*", ", "),  # 1, 2, and 3
-    (r"(\d*\.\d*)\\overline *\{(\d+)\}", r"\1" + 13 * r"\2"),  # 0.\overline{3}: 13 times 3
-    (r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"(?<=\d)E\+?(?=-?\d)", "e"),  # 3.2E5
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\\sqrt *(\d+|[a-z])", r"\\sqrt{\1}"),
-    (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\frac *(\w)", r"\\frac{\1}"),
-    (r"(\\frac *\{(?:[^{}]|\{[^{}]*\})*\}) *(\w)", r"\1{\2}"),  # \frac{1}2
-    (r"\\frac\{(\\text[^{}]*\{[^{}]*\})\}\{(\\text[^{}]*\{[^{}]*\}[^{}]*)\}", r"\1/\2"),  # m over s
-    (r"\*\*", "^"),
-    (r"\^ *\{?\\circ\}?", r"^\\circ "),
-    (r"([_^]) *\{(\w)\}", r"\1\2"),  # x^{2}
-    (r"\\log_(\w) *", r"\\log_{\1}"),
-    (r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", ""),
-    (r"(?<![\w)}\]!|'])\+", ""),  # the sign of +5
-    (r"^=+|(\\\\|[\s.,;:])+$", ""),
-    (r"^(\\mathbb\{R\}|(\\text\{)?all real numbers\}?)$", "(-∞,∞)"),
-    (r"^(?:([a-z]=)?\\mathbb\{R\}\\backslash\{|[a-z]≠)([^{},]*)\}?$", r"(-∞,\2),(\2,∞)"),  # x≠2
-    (r"^(?:\([^()]*\)|[^=,]*)=(\{.*\})$", r"\1"),  # x \in \{1, 2\}
-]
-PERCENT = r"%(?=$|[,)\]])"  # at the end of a value
-# 1,234 and 1 234, but not in brackets: (1,234) is a pair of numbers.
-THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|[ ,])\d{3})+(?![\d,])(?![^(){}\[\]]*[)\]}])"
-# What stands before a matrix, and what stands in it.
-MATRIX = r"([^,=]*?)[(\[]? ?\\begin\{(?:array\}\{[^{}]*|[pb]?matrix)\}(.*?)\\end\{\w+\} ?[)\]]?"
 
 
 def table(rows: str) -> dict[str, str]:
@@ -75,37 +48,164 @@ def table(rows: str) -> dict[str, str]:
 
 
 LETTERS = str.maketrans({letter: word + " " for letter, word in table(CHARACTERS).items()})
-COMMAND = table(COMMANDS) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
+NAME = table(NAMES) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
+
+# Spelling: replacements that change no meaning ----------------------------------------------------
+
+
+def expand_characters(text: str) -> str:
+    """Write characters that LaTeX has commands for as LaTeX: ½ is \\frac12, and x²⁰ is x^{20}."""
+    for sign, characters in (("^", RAISED), ("_", LOWERED)):
+        run = f"([{''.join(characters)}]+)"
+        text = re.sub(run, sign + r"{\1}", text).translate(str.maketrans(characters))
+    return text.translate(LETTERS)
 
 
 @functools.lru_cache(10_000)
 def spell(text: str) -> str:
-    """Return LaTeX in the one spelling that the rest of this file reads."""
-    text = re.sub(r"(?<!\\)\$", "", text.translate(LETTERS))
-    text = re.sub(r"\\[a-zA-Z]+|\\.", lambda found: COMMAND.get(found[0], found[0]), text)
+    """Return LaTeX in the one spelling that the rest of the reward reads."""
+    text = rename(text)
+    text = read_matrices(text)
+    text = drop_remarks(text)
+    text = read_text(text)
+    text = read_numbers(text)
+    text = separate_items(text)
+    text = add_braces(text)
+    text = tighten(text)
+    return read_set(text)
+
+
+def rename(text: str) -> str:
+    """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
+    text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
+    text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NAME.get(name[0], name[0]), text)
+    text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
-    text = re.sub(THOUSANDS, lambda found: re.sub(r"\D", "", found[0]), text)
-    text = re.sub(MATRIX, read_matrix, text)
-    for pattern, replacement in SPELLINGS:
-        text = re.sub(pattern, replacement, text)
-    return text
+    return text.replace(r"\text {", r"\text{")
 
 
-def read_matrix(found: re.Match) -> str:
-    """Return a matrix as [[1,2],[3,4]] and a column as (1,2); a factor in front goes inside."""
-    factor = found[1].strip()
+def read_matrices(text: str) -> str:
+    """Write a matrix as [[1,2],[3,4]] and a column as (1,2); a factor in front goes inside."""
+    begin, end = r"\begin{matrix}", r"\end{matrix}"
+    text = re.sub(r"[(\[]? ?\\begin\{(array\}\{[^{}]*|[pb]?matrix)\}", lambda _: begin, text)
+    text = re.sub(r"\\end\{(array|[pb]?matrix)\} ?[)\]]?", lambda _: end, text)
+    *pieces, rest = text.split(end)
+    done = ""
+    for piece in pieces:
+        before, _, content = piece.partition(begin)
+        factor = re.split("[,=]", before)[-1]
+        done += before.removesuffix(factor) + bracket_rows(content, factor.strip())
+    return done + rest
+
+
+def bracket_rows(content: str, factor: str) -> str:
+    """Write the rows of one matrix: 1&2\\\\3&4 and the factor x give [[x\\cdot(1),...],[...]]."""
     rows = []
-    for row in found[2].strip().removesuffix(r"\\").split(r"\\"):
+    for row in content.strip().removesuffix(r"\\").split(r"\\"):
         cells = row.split("&")
         if factor:
             cells = [rf"{factor}\cdot({cell})" for cell in cells]
         rows.append(",".join(cells))
-    if "&" in found[2]:
+    if "&" in content:
         return "[[" + "],[".join(rows) + "]]"
     return "(" + ",".join(rows) + ")"
 
 
-# Parts: brackets, lists, inequalities, units ------------------------------------------------------
+def drop_remarks(text: str) -> str:
+    """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
+    text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
+    return re.sub(r"\\text\{ *\(?(since|because|where|for any)\b.*", "", text)
+
+
+def read_text(text: str) -> str:
+    """Take mathematics out of \\text{}: \\text{3}, \\text{i}, \\text{sin}, all of \\text{5 cm}."""
+
+    def read(found: re.Match) -> str:
+        word = found[1].strip()
+        if re.fullmatch(r"\\[a-z]+", word):
+            return word + " "
+        is_number = re.fullmatch(r"[\dA-Z]*\d[\dA-Z]*", word)  # 3A has base 16
+        if is_number or word.strip(" ,") in ("", "%", "e", "i"):
+            return found[1]
+        return found[0]
+
+    text = re.sub(r"_\{?\\text\{ *(\w*) *\}\}?", r"_{\1}", text)  # v_{\text{max}}
+    text = re.sub(r"\\text\{([^{}]*)\}", read, text)
+    return re.sub(r"^\\text\{([^{}]*[\d,][^{}]*)\}$", r"\1", text)
+
+
+def read_numbers(text: str) -> str:
+    """Give each kind of number one spelling: 1,234 is 1234, and 3.2E5 is 3.2e5."""
+    text = join_thousands(text)
+    text = re.sub(r"\$ *([\d,.{}]*\d)", r"\1\\text{dollar}", text)  # $18.90
+    text = re.sub(r"(?<=\d) *\$", r"\\text{dollar}", text)
+    text = re.sub(r" *(%|per cent)", "%", text)
+    text = re.sub(r"(\d*\.\d*)\\overline *\{(\d+)\}", r"\1" + 13 * r"\2", text)  # 0.\overline{3}
+    text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
+    return re.sub(r"(?<=\d)E\+?(?=-?\d)", "e", text)
+
+
+def join_thousands(text: str) -> str:
+    """Write 1,234 and 1 234 as 1234; but (1,234) is a pair, and 5, 100, 200 are three numbers."""
+    text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
+    depth = levels(text)
+
+    def join(found: re.Match) -> str:
+        return found[0] if depth[found.start()] else re.sub(r"\D", "", found[0])
+
+    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}([ ,]\d{3})+(?![\d,])", join, text)
+
+
+def separate_items(text: str) -> str:
+    """Separate the items of a list by commas: 1; 2, and 3 is 1,2,3."""
+    return re.sub(r" *[,;&][ ,;&]*", ",", text)
+
+
+GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # braces that hold no more than one level of other braces
+UNIT_TEXT = r"\\text\{[^{}]*\}"
+
+
+def add_braces(text: str) -> str:
+    """Put the arguments of a command in braces: \\frac12 is \\frac{1}{2}, \\sqrt2 is \\sqrt{2}."""
+    text = re.sub(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt *(\d+|[a-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\frac *(\w)", r"\\frac{\1}", text)
+    text = re.sub(rf"(\\frac *{GROUP}) *(\w)", r"\1{\2}", text)
+    # A fraction of units: m over s is m/s.
+    text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
+    text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
+    # C_n^3 is a binomial, but C_1^2 may be the square of a constant.
+    text = re.sub(r"\bC_([a-z]|\{\d+\})\^(\w|\{\d+\})", r"\\binom{\1}{\2}", text)
+    return re.sub(r"\\log_(\w) *", r"\\log_{\1}", text)
+
+
+def tighten(text: str) -> str:
+    """Drop what changes nothing: most spaces, the sign of +5, a full stop at the end."""
+    text = text.replace("**", "^")
+    text = re.sub(r"\^ *\{?\\circ\}?", r"^\\circ ", text)
+    text = re.sub(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "", text)  # all but 1 2 and \sin x
+    text = re.sub(r"(?<![\w)}\]!|'])\+", "", text)
+    return text.lstrip("=").rstrip("\\ .,;:")
+
+
+REALS = r"\mathbb{R}"
+
+
+def read_set(text: str) -> str:
+    """Write real numbers as intervals, x≠2 as (-∞,2),(2,∞), and x=\\{1,2\\} as the set alone."""
+    if re.fullmatch(r"(\\text\{)?all real numbers\}?", text):
+        return "(-∞,∞)"
+    text = re.sub(r"^[a-z]=(?=\\mathbb)", "", text)
+    hole = re.fullmatch(r"(?:\\mathbb\{R\}\\backslash\{|[a-z]≠)([^{},]*)\}?", text)
+    if hole:
+        return f"(-∞,{hole[1]}),({hole[1]},∞)"
+    if text == REALS:
+        return "(-∞,∞)"
+    return re.sub(r"^(?:\([^()]*\)|[^=,]*)=(\{.*\})$", r"\1", text)
+
+
+# Brackets and lists -------------------------------------------------------------------------------
 
 # How many levels deeper a bracket leads. They need not match in kind: [0, 1) is an interval.
 BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
@@ -149,96 +249,63 @@ def split_list(text: str) -> list[str]:
     text = re.sub(r"^[a-z](=[^:|]*)?[:|](?=.*[<>≤≥])", "", text)  # {x|x>0} is x>0
     items = []
     for part in split(text, ","):
-        if r"\pm" in part:
-            plus = re.sub(r"(^|=)\\pm", r"\1", part)
-            items += [plus.replace(r"\pm", "+"), part.replace(r"\pm", "-")]
-        else:
-            items += split(read_inequality(part), ",")
-    # y=2,x=1 gives a value to each of two names, which is the tuple (1,2). But x=1,x=2 gives two
-    # values to one name, which is a list.
-    names = [item[0] for item in items if re.match("[a-z]=", item)]
-    if len(items) > 1 and len(set(names)) == len(items):
+        items += both_signs(part)
+    if gives_values(items):
         values = [item[2:] for item in sorted(items)]
         return ["(" + ",".join(values) + ")"]
-    return [without_brackets(item) for item in items]
+    return [without_brackets(read_inequality(item)) for item in items]
 
 
-VARIABLE = r"(?:[a-zA-Z]|\\[a-z]+|[a-z]\([a-z]\))"
-# a<x, x<b or a<x<b, once > and ≥ are mirrored.
-INEQUALITY = re.compile(rf"(?:([^<≤]+)([<≤]))?{VARIABLE}(?:([<≤])([^<≤]+))?")
+def both_signs(text: str) -> list[str]:
+    """Return 1+2 and 1-2 for 1\\pm2, and 2 and -2 for \\pm2."""
+    if r"\pm" not in text:
+        return [text]
+    plus = re.sub(r"(^|=)\\pm", r"\1", text)
+    return [plus.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
+
+
+def gives_values(items: list[str]) -> bool:
+    """Say whether each item gives a value to another name: y=2,x=1 is the tuple (1,2).
+
+    But x=1,x=2 gives two values to one name, which is a list.
+    """
+    names = {item[0] for item in items if re.match("[a-z]=", item)}
+    return len(items) > 1 and len(names) == len(items)
+
+
+# Inequalities -------------------------------------------------------------------------------------
+
+MIRRORED = {">": "<", "≥": "≤"}
 
 
 def read_inequality(text: str) -> str:
     """Return 2<x as (2,∞), 3≥x>1 as (1,3] and |x|<1 as (-(1),1); b>a becomes a<b."""
-    if not re.search("[<>≤≥]", text):
-        return text
-    if not re.search("[<≤]", text):
-        text = "".join(reversed(re.split("([>≥])", text))).replace(">", "<").replace("≥", "≤")
-    text = re.sub(r"^\|([a-z])\|([<≤])(.+)$", r"-(\3)\2\1\2\3", text)
-    found = INEQUALITY.fullmatch(text)
+    parts = re.split("([<>≤≥])", text)  # 3, ≥, x, > and 1
+    if "<" not in parts and "≤" not in parts:
+        parts = [MIRRORED.get(part, part) for part in reversed(parts)]
+    bounds = add_bounds(parts)
     # Between two variables, a<b, it stays an inequality.
-    if found is None or re.fullmatch(VARIABLE, found[1] or found[4]):
-        return text
-    opening = "[" if found[2] == "≤" else "("
-    closing = "]" if found[3] == "≤" else ")"
-    return f"{opening}{found[1] or '-∞'},{found[4] or '∞'}{closing}"
+    if len(bounds) != 5 or not is_variable(bounds[2]) or is_variable(bounds[0]):
+        return "".join(parts)
+    lower, lower_sign, _, upper_sign, upper = bounds
+    opening = "[" if lower_sign == "≤" else "("
+    closing = "]" if upper_sign == "≤" else ")"
+    return f"{opening}{lower},{upper}{closing}"
 
 
-# Units, each followed by other words for it.
-UNIT_TABLE = """
-    m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
-    ft foot feet; in inch inche; yd yard; mi mile; kg kilogram; g gram; mg milligram; lb pound;
-    oz ounce; l liter litre; ml milliliter; s sec second; min minute; h hr hour; degree deg circ;
-    dollar usd; 2 square sq; 3 cubic; km/h kmh; mi/h mph; n newton; j joule; w watt; hz hertz;
-    rad radian; cent; am; pm; unit; / per
-"""
-UNITS = {}
-for row in UNIT_TABLE.split(";"):
-    for word in row.split():
-        UNITS[word] = row.split()[0]
-UNIT = re.compile(
-    r"""(?:
-        (?: \\text\{ [^{},\d+!^-] (?: [^{},\d+!] | \^\{?-?\d\}? )* \}  # \text{cm^2}
-          | \^\\circ [ ]* [CF]?
-          | (?<=\d) ''? $                                              # 5'' is 5 inches
-          | (?<![\\a-zA-Z]) (?: m/s | [a-zA-Z]{2,} )                   # 5 cm
-          | / | \\cdot | [ ]
-        ) (?: \^\{?-?\d\}? )?                                          # an exponent
-    )+ $""",
-    re.VERBOSE,
-)
-# With one of these words a number is another number, or not one number any more.
-NO_UNIT = """
-    million billion trillion hundred thousand dozen score half halve third quarter fourth fifth
-    sixth seventh eighth ninth tenth hundredth thousandth squared cubed factorial plus minus times
-    over to or and not is if pi more less least most than about maybe but percent root below above
-    else only
-"""
-BASE = re.compile(r"\(?([\dA-Z]*\d[\dA-Z]*)\)?_\{?\(?(\d+)\)?\}?")
-TRIGONOMETRY = re.compile(r"\\(sin|cos|tan|sec|csc|cot)(?![a-z])")
+def add_bounds(parts: list[str]) -> list[str]:
+    """Return x<5 as -∞<x<5, and |x|<5 as -(5)<x<5, in the parts at the signs."""
+    if len(parts) != 3:
+        return parts
+    left, sign, right = parts
+    if re.fullmatch(r"\|[a-z]\|", left):
+        return [f"-({right})", sign, left[1], sign, right]
+    if is_variable(right):
+        return [left, sign, right, "<", "∞"]
+    return ["-∞", "<", left, sign, right]
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """Split 5\\text{square feet} into 5 and ft2, and 204_5 into 204 and base 5."""
-    base = BASE.fullmatch(text)
-    if base:
-        return base[1], "base " + base[2]
-    found = UNIT.search(text)
-    if found is None or found.start() == 0 or TRIGONOMETRY.search(text):
-        return text, ""
-    unit = re.sub(r"(\w\w)\.", r"\1 ", found[0].lower())  # sq.ft
-    unit = re.sub(r"\\text|\\cdot|\.", "", unit)
-    unit = unit.replace("''", "in").replace("'", "ft")
-    unit = re.sub(r"(square|sq|cubic) (\w+)", r"\2 \1", unit)
-    names = []
-    for name in re.findall(r"[^\W\d_]+|[-/\d]", unit):
-        singular = name.removesuffix("s")
-        if name in NO_UNIT.split() or singular in NO_UNIT.split():
-            return text, ""
-        names.append(UNITS.get(name) or UNITS.get(singular) or singular)
-    # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.
-    is_bare = found[0].strip()[:1].isalpha()
-    is_plural = re.match(r" *[a-z]{3,}s\b", found[0])
-    if is_bare and not is_plural and names[0] not in UNITS.values():
-        return text, ""
-    return text[: found.start()], "".join(names)
+def is_variable(text: str) -> bool:
+    """Say whether a text is a name that may have any value: x, \\theta, f(x)."""
+    is_name = re.fullmatch(r"[a-zA-Z]|\\[a-z]+|[a-z]\([a-z]\)", text)
+    return bool(is_name) and text not in ("e", r"\pi")

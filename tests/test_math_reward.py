@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apo import math_equality, math_spelling
+from apo import math_equality, math_spelling, math_units
 from apo.math_equality import decide
 from apo.math_reward import check_answer, counts, grade, last_box, reward, submit
 from apo.math_spelling import spell
@@ -48,7 +48,6 @@ PAIRS = load_pairs()
 # The pairs that are graded wrongly, each with the reason.
 KNOWN_MISSES = {
     ("1 and odd prime numbers", "1 \\text{ and all odd prime numbers}"): "sentences are text",
-    ("C_n^3", r"\frac{n(n-1)(n-2)}{6}"): "C_n^3 is read as a symbol to a power",
     ("[3,5]", "x\\ge 3\\text{ and }x\\le 5"): "'and' and 'or' both separate the items of a list",
 }
 
@@ -212,7 +211,7 @@ def test_spell(text: str, expected: str) -> None:
     ],
 )
 def test_split_unit(text: str, expected: tuple) -> None:
-    assert math_spelling.split_unit(spell(text)) == expected
+    assert math_units.split_unit(spell(text)) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+r"""Comparing two expressions by algebra: are they equal at three points?
+
+    by_algebra("(x+1)^2", "x^2+2x+1")  ->  True
+    by_algebra("2^{2008}-2", "2^{2008}")  ->  False: values that are close are not equal
+
+math-verify's parser reads the expressions, and sympy computes them. We do not use math-verify's
+`verify`: it takes close values for equal, and it reads 5x as a word.
+
+Either may hang or take all memory, so all this runs in a worker process of math_reward.py. The
+calling process imports this file, but neither sympy nor the parser.
+"""
+
+import functools
+import re
+import zlib
+from fractions import Fraction
+from typing import Any
+
+from apo.math_equality import FUNCTIONS, is_close, number
+from apo.math_spelling import split
+from apo.math_units import TRIGONOMETRY
+
+# The points at which two expressions are compared.
+POINTS = ("positive", "negative", "small")
+
+
+def by_algebra(gold: str, pred: str) -> bool:
+    """Compare two values, or two equations up to a factor, at three points."""
+    golds = []
+    preds = []
+    for point in POINTS:
+        golds.append(evaluate(gold, point))
+        preds.append(evaluate(pred, point))
+    if None in golds + preds:
+        return False
+    if "=" in gold:
+        return are_multiples(golds, preds)
+    if are_close_numbers(gold, pred, golds[0], preds[0]):
+        return True
+    return are_equal(golds, preds)
+
+
+def are_close_numbers(gold: str, pred: str, a: Any, b: Any) -> bool:
+    """Say whether one text is a decimal, and right to all its digits: 1.41421 for \\sqrt{2}.
+
+    `a` and `b` are the values of the texts.
+    """
+    has_number = number(gold) is not None or number(pred) is not None
+    if not has_number or not a.is_real or not b.is_real:
+        return False
+    return is_close(gold, pred, Fraction(str(a.evalf(30))), Fraction(str(b.evalf(30))))
+
+
+def are_multiples(golds: list[Any], preds: list[Any]) -> bool:
+    """Say whether two equations are the same up to a factor, from l-r of both at each point.
+
+    l-r of one must be the same multiple of l-r of the other: a1/b1 = a2/b2, without division.
+    """
+    if 0 in golds + preds:  # 0=0 is no answer
+        return False
+    return are_equal([golds[0] * b for b in preds], [preds[0] * a for a in golds])
+
+
+def are_equal(golds: list[Any], preds: list[Any]) -> bool:
+    """Say whether two expressions have the same value at each point."""
+    return all(is_equal(a, b) for a, b in zip(golds, preds, strict=True))
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """Compare rational numbers exactly, others to 50 digits more than the numbers in them have."""
+    from sympy import Rational
+
+    if a.is_Rational and b.is_Rational:
+        return a == b
+    bits = 0
+    for part in (a + b).atoms(Rational):
+        bits += int(part.p * part.q).bit_length()
+    digits = min(100 + bits // 3, 20_000)
+    a = a.evalf(digits)
+    b = b.evalf(digits)
+    if not a.is_finite or not b.is_finite:
+        return False
+    return bool(abs(a - b) <= abs(a) / Rational(10) ** (digits - 50))
+
+
+def evaluate(text: str, point: str) -> Any:
+    """Compute an expression with numbers for its symbols; None if the result is no number."""
+    tree = parse(text)
+    if tree is None:
+        return None
+    numbers = {}
+    for symbol in tree.free_symbols:
+        numbers[symbol] = coordinate(str(symbol), point)
+    try:
+        value = tree.xreplace(numbers).doit()
+        if value.is_number and value.is_finite is not False:
+            return value
+    except Exception:  # sympy has no common type
+        return None
+    return None
+
+
+def coordinate(symbol: str, point: str) -> Any:
+    """Return the number of a symbol at a point, which depends on its name alone.
+
+    With both signs, and numbers on both sides of 1, |x| differs from x and |x^2-4| from x^2-4.
+    """
+    from sympy import Rational
+
+    place = Rational(1 + zlib.crc32(f"{symbol} {point}".encode()) % 9973, 1994)  # from 0 to 5
+    if point == "positive":
+        return place
+    if point == "negative":
+        return -place
+    return place * 2 / 5 - 1  # from -1 to 1
+
+
+@functools.lru_cache(10_000)
+def parse(text: str) -> Any:
+    """Parse an expression, l=r as l-r, decimals as fractions; None if the parser refuses."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from sympy import Float, I, Rational, Symbol
+
+    config = ConversionConfig(lowercase_symbols=False)
+    sides = split(in_grammar(text), "=")
+    difference = "(" + ")-(".join(sides) + ")"
+    exact = {Symbol("i"): I}
+    try:
+        tree = latex2sympy(difference, normalization_config=None, conversion_config=config)
+        for decimal in tree.atoms(Float):
+            exact[decimal] = Rational(str(decimal))
+        return tree.xreplace(exact)
+    except Exception:  # the parser raises a dozen types
+        return None
+
+
+def in_grammar(text: str) -> str:
+    """Return an expression for math-verify's parser, each symbol under a name that is only a name.
+
+    Left to itself, the parser reads I as the imaginary unit, gamma as a number, f(x+1) as a call
+    and dv as a differential.
+    """
+    # A degree is \pi/180 only inside of sines and the like; 180^\circ-x is 180-x.
+    degree = ""
+    if TRIGONOMETRY.search(text):
+        degree = r"\\cdot\\frac{\\pi}{180}"
+    text = re.sub(r"\^\\circ", degree, text)
+    text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
+    text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
+    accent = r"\\(?:bar|hat|tilde|d?dot|vec) *\{?[a-zA-Z]\}?"
+    subscript = r"'*(?:_(?:\w|\{[^{}]*\}))?'*"
+    return re.sub(rf"({accent}|\\[a-zA-Z]+|[a-zA-Z]){subscript}", rename_symbol, text)
+
+
+def rename_symbol(found: re.Match) -> str:
+    """Return x_1 as a variable whose name is v and the code of x_1; e, i and \\sin stay."""
+    if found[0] in ("e", "i") or found[1].removeprefix("\\") in FUNCTIONS.split():
+        return found[0]
+    return r"\variable{v" + re.sub("[ {}]", "", found[0]).encode().hex() + "}"
