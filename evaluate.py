@@ -194,19 +194,14 @@ def grade_file(path: Path) -> dict:
         raise UserError(f"{path} has no rows")
     # Rows that cannot be graded are named. They stay in the score, as wrong.
     _, reasons = problems.keep_gradable(str(path), records)
-    print_ungradable(reasons)
+    for reason in reasons:
+        print(f"counted as wrong: {reason}")
     finished = [record for record in records if record["finished"]]
     for record in records:
         record["reward"] = 0.0
     for record, reward in zip(finished, grade_outputs(finished), strict=True):
         record["reward"] = reward
     return score(records)
-
-
-def print_ungradable(reasons: list[str]) -> None:
-    """Name the rows whose answer cannot be graded; they stay in the score."""
-    for reason in reasons:
-        print(f"counted as wrong: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,38 +254,68 @@ class Benchmark:
     """One benchmark, and how this model is asked."""
 
     rows: list[dict]
-    style: PromptStyle
+    prompts: list[Prompt]
     identity: dict  # what its scores depend on, beside the header
+    remarks: list[str]  # sentences about its rows for the user
 
 
-def load_benchmarks(
-    names: str, limit: int, style: PromptStyle, trained_reward: str | None
-) -> tuple[dict[str, Benchmark], list[str]]:
-    """Load the benchmarks of --benchmarks.
+def make_benchmark(
+    name: str, rows: list[dict], args: argparse.Namespace, trained_with: dict, tokenizer: Any
+) -> Benchmark:
+    """Make the prompts of a benchmark's rows."""
+    # All rows stay in the score. One whose answer cannot be graded counts as wrong.
+    _, reasons = problems.keep_gradable(name, rows)
+    remarks = [f"counted as wrong: {reason}" for reason in reasons]
 
-    Returns each benchmark by its name, under which its results are saved, and sentences about the
-    rows that cannot be graded.
-    """
+    # A model that was trained on a task is asked as it was trained.
+    task = problems.find_task(name)
+    style = problems.style_of_task(
+        base_style(args, trained_with), task, trained_reward=trained_with.get("reward")
+    )
+    prompts = [problems.make_prompt(row, style, tokenizer) for row in rows]
+    sentence = problems.cut_prompts(prompts, room_for_prompt(args), tokenizer)
+    if sentence is not None:
+        remarks.append(f"{name}: {sentence}")
+    identity = {
+        "rows_digest": files.content_digest(rows),
+        "prompt_template": style.template,
+        "reward": problems.reward_name(task),
+    }
+    return Benchmark(rows, prompts, identity, remarks)
+
+
+def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, Benchmark]:
+    """Load the benchmarks of --benchmarks, by the names under which their results are saved."""
+    names = args.benchmarks.split(",")
+    rows_of = {name: problems.load_problems(name, "test")[: args.limit or None] for name in names}
+    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
     benchmarks = {}
-    ungradable = []
-    for name in names.split(","):
-        rows = problems.load_problems(name, "test")[: limit or None]
-        _, reasons = problems.keep_gradable(name, rows)
-        ungradable += reasons
+    for name in names:
         short_name = Path(name).stem if problems.is_file(name) else name
         if short_name in benchmarks:
             raise UserError(
                 f"two benchmarks are called {short_name}: score them apart, each with its own --out"
             )
-        task = problems.find_task(name)
-        task_style = problems.style_of_task(style, task, trained_reward)
-        identity = {
-            "rows_digest": files.content_digest(rows),
-            "prompt_template": task_style.template,
-            "reward": problems.reward_name(task),
-        }
-        benchmarks[short_name] = Benchmark(rows, task_style, identity)
-    return benchmarks, ungradable
+        benchmarks[short_name] = make_benchmark(name, rows_of[name], args, trained_with, tokenizer)
+    return benchmarks
+
+
+def room_for_prompt(args: argparse.Namespace) -> int:
+    """Return how many tokens a prompt can have, beside a response of --max-tokens.
+
+    Raises UserError if there is no room at all.
+    """
+    folder = files.model_folder(args.model)
+    room = files.context_length(folder) - args.max_tokens
+    # Some models compute positions in another way as soon as longer texts are possible. They are
+    # asked in the way in which they are trained, if the responses leave room for that.
+    room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
+    if room_as_trained >= 1:
+        room = min(room, room_as_trained)
+    if room < 1:
+        raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
+    # A model that names no limit gets this one.
+    return int(min(room, LONGEST_PROMPT))
 
 
 def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> dict[str, dict]:
@@ -321,42 +346,23 @@ def without_path(header: dict) -> dict:
 # The command
 
 
-def make_prompts(benchmark: Benchmark, name: str, longest: int, tokenizer: Any) -> list[Prompt]:
-    """Make a benchmark's prompts. Those of more than `longest` tokens are cut, with a message."""
-    prompts = []
-    for row in benchmark.rows:
-        prompts.append(problems.make_prompt(row, benchmark.style, tokenizer))
-    sentence = problems.cut_prompts(prompts, longest, tokenizer)
-    if sentence is not None and torch.distributed.get_rank() == 0:
-        print(f"{name}: {sentence}")
-    return prompts
-
-
-def room_for_prompt(args: argparse.Namespace) -> int:
-    """Return how many tokens a prompt can have, beside a response of --max-tokens.
-
-    Raises UserError if there is no room at all.
-    """
-    folder = files.model_folder(args.model)
-    room = files.context_length(folder) - args.max_tokens
-    # Some models compute positions in another way as soon as long texts are possible. They are
-    # asked in the way in which they were trained here, if responses fit into it.
-    room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
-    if room_as_trained >= 1:
-        room = min(room, room_as_trained)
-    if room < 1:
-        raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
-    # No prompt is longer than this, and it is a number where a model names no limit.
-    return int(min(room, LONGEST_PROMPT))
+def start_engine(args: argparse.Namespace, benchmarks: list[Benchmark]) -> Any:
+    """Start the engine, with room for the longest prompt of these benchmarks and its response."""
+    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
+    longest_prompt = max(len(prompt.ids) for prompt in prompts)
+    llm = engine.start_engine(
+        args.model,
+        longest_prompt + args.max_tokens,
+        args.seed,
+        args.gpu_memory_utilization,
+        args.tensor_parallel_size,
+    )
+    problems.check_prompts(prompts, engine.vocabulary_size(llm), llm.get_tokenizer())
+    return llm
 
 
 def sample_benchmark(
-    llm: Any,
-    benchmark: Benchmark,
-    prompts: list[Prompt],
-    path: Path,
-    identity: dict,
-    args: argparse.Namespace,
+    llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
     num_samples = args.num_samples
@@ -369,7 +375,7 @@ def sample_benchmark(
         sampling_temperature = 0.0 if num_samples == 1 else 1.0
     return engine.sample_all(
         llm,
-        prompts,
+        benchmark.prompts,
         num_samples,
         path,
         identity,
@@ -388,49 +394,21 @@ def save_benchmark(path: Path, records: list[dict], rows: list[dict]) -> dict:
     return score([record | {"row": row_of[record["id"]]} for record in records])
 
 
-def main() -> None:
-    """Check, sample, score, save, print."""
-    args = make_parser().parse_args()
-    if args.grade:
-        print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
-        return
-    files.check_writable(args.out, is_folder=True)
-    trained_with = settings_of_run(args.model)
-    if args.max_tokens is None:
-        args.max_tokens = trained_with.get("max_tokens", 1024)
-    style = base_style(args, trained_with)
-    benchmarks, ungradable = load_benchmarks(
-        args.benchmarks, args.limit, style, trained_with.get("reward")
-    )
-    room = room_for_prompt(args)
-
-    engine.launch(args.tensor_parallel_size)
-    if torch.distributed.get_rank() == 0:
-        print_ungradable(ungradable)
+def sample_missing(
+    args: argparse.Namespace, header: dict, benchmarks: dict[str, Benchmark]
+) -> dict[str, dict]:
+    """Sample and score the benchmarks that OUT lacks; return the scores of all."""
     out = Path(args.out)
-    header = make_header(args, style)
     # What an earlier run has scored is not sampled again.
     done = engine.on_rank_0(read_summary, out, header, benchmarks)
-    missing = [name for name in benchmarks if name not in done]
-    if missing:
-        tokenizer = problems.load_tokenizer(files.model_folder(args.model))
-        prompts_of = {}
-        for name in missing:
-            prompts_of[name] = make_prompts(benchmarks[name], name, room, tokenizer)
-        all_prompts = [prompt for name in missing for prompt in prompts_of[name]]
-        # The engine reserves memory for the longest prompt and response.
-        longest_prompt = max(len(prompt.ids) for prompt in all_prompts)
-        llm = engine.start_engine(
-            args.model,
-            longest_prompt + args.max_tokens,
-            args.seed,
-            args.gpu_memory_utilization,
-            args.tensor_parallel_size,
-        )
-        problems.check_prompts(all_prompts, engine.vocabulary_size(llm), tokenizer)
     if torch.distributed.get_rank() == 0:
         for name in done:  # left there if a kill came just before their removal
             engine.remove_partial(out / f"{name}.jsonl")
+    missing = [name for name in benchmarks if name not in done]
+    if not missing:
+        return done
+
+    llm = start_engine(args, [benchmarks[name] for name in missing])
     for name in missing:
         # Another run may have scored it while this one started its engine.
         done = engine.on_rank_0(read_summary, out, header, benchmarks)
@@ -439,17 +417,42 @@ def main() -> None:
         benchmark = benchmarks[name]
         path = out / f"{name}.jsonl"
         identity = without_path(header) | benchmark.identity
-        records = sample_benchmark(llm, benchmark, prompts_of[name], path, identity, args)
+        records = sample_benchmark(llm, benchmark, path, identity, args)
         if torch.distributed.get_rank() == 0:
             # The samples come first: a summary never names samples that are not there.
             done[name] = save_benchmark(path, records, benchmark.rows) | benchmark.identity
             files.write_json(out / "summary.json", {"header": header, "benchmarks": done})
             engine.remove_partial(path)
-    if torch.distributed.get_rank() == 0:
-        print_table({name: done[name] for name in benchmarks})
+    engine.stop_engine(llm)
+    return done
+
+
+def main() -> None:
+    """Check, sample, score, save, print."""
+    args = make_parser().parse_args()
+    if args.grade:
+        print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
+        return
+    # Everything that can be wrong is checked before the engine starts.
+    files.check_writable(args.out, is_folder=True)
+    trained_with = settings_of_run(args.model)
+    if args.max_tokens is None:
+        args.max_tokens = trained_with.get("max_tokens", 1024)
+    benchmarks = load_benchmarks(args, trained_with)
+    header = make_header(args, base_style(args, trained_with))
+
+    # With several GPUs, torchrun now starts this script again, once for each: every rank comes here
+    # by the same way. From here on they work together.
+    engine.launch(args.tensor_parallel_size)
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        for benchmark in benchmarks.values():
+            for remark in benchmark.remarks:
+                print(remark)
+    scores = sample_missing(args, header, benchmarks)
+    if is_first:
+        print_table({name: scores[name] for name in benchmarks})
         print(f"grading: {math_reward.counts}")
-    if missing:
-        engine.stop_engine(llm)
 
 
 if __name__ == "__main__":
