@@ -127,6 +127,7 @@ def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, fl
     Example: n = 8 -> k = 1, 2, 4, 8. The keys are texts, as in JSON.
     """
     powers = {2**i for i in range(num_samples.bit_length())}
+    # k doubles, since what matters is how fast pass@k grows. The last one is n itself.
     table = {}
     for k in sorted(powers | {num_samples}):
         values = []
@@ -142,6 +143,7 @@ def grade_outputs(records: list[dict]) -> list[float]:
 
     A record has its dataset row under "row"; without one its answer is graded as mathematics.
     """
+    # All are submitted before the first result is asked for, so that the workers grade at once.
     futures = []
     for record in records:
         row = record.get("row") or {"id": record["id"], "answer": record["answer"]}
@@ -150,7 +152,11 @@ def grade_outputs(records: list[dict]) -> list[float]:
 
 
 def print_table(benchmarks: dict[str, dict]) -> None:
-    """Print one line for each benchmark."""
+    """Print one line for each benchmark.
+
+    Everything but the counts and the tokens is in percent. `any end` and `truncated` tell whether a
+    low accuracy comes from wrong answers or from responses that do not end.
+    """
     print("benchmark        problems   n    mean ±  s.e.  any end  truncated  tokens  pass@k")
     for name, scores in benchmarks.items():
         pass_at = "  ".join(f"@{k} {value:.1%}" for k, value in scores["pass_at_k"].items())
@@ -176,7 +182,7 @@ def grade_file(path: Path) -> dict:
             raise UserError(f'{where} has no text "output": {row!r:.60}')
         if "answer" not in row:
             raise UserError(f'{where} has no "answer": {row!r:.60}')
-        # Other columns, ours or not, play no part.
+        # Only these columns count; others, ours or not, play no part.
         record = {"answer": row["answer"], "output": row["output"], "_task": "math"}
         record["id"] = row.get("id")
         record["finished"] = row.get("finished", True)
@@ -196,6 +202,7 @@ def grade_file(path: Path) -> dict:
     _, reasons = problems.keep_gradable(str(path), records)
     for reason in reasons:
         print(f"counted as wrong: {reason}")
+    # A response that did not finish earns 0, as in all stages.
     finished = [record for record in records if record["finished"]]
     for record in records:
         record["reward"] = 0.0
@@ -215,6 +222,7 @@ def settings_of_run(model: str) -> dict:
     """
     if not Path(model).is_dir():  # a hub id
         return {}
+    # RUN is the first parent of final, and the second one of step-N.
     for folder in Path(model).absolute().parents[:2]:
         if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
             return files.read_json(folder / "config.json")
@@ -236,7 +244,10 @@ def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
 
 
 def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
-    """Collect all that decides what is sampled, but for the benchmark itself."""
+    """Collect all that decides what is sampled, but for the benchmark itself.
+
+    A second start with another header is refused, so that no table mixes two settings.
+    """
     return {
         "model": args.model,
         "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
@@ -272,7 +283,9 @@ def make_benchmark(
     style = problems.style_of_task(
         base_style(args, trained_with), task, trained_reward=trained_with.get("reward")
     )
-    prompts = [problems.make_prompt(row, style, tokenizer) for row in rows]
+    prompts = []
+    for row in rows:
+        prompts.append(problems.make_prompt(row, style, tokenizer))
     sentence = problems.cut_prompts(prompts, room_for_prompt(args), tokenizer)
     if sentence is not None:
         remarks.append(f"{name}: {sentence}")
@@ -287,7 +300,9 @@ def make_benchmark(
 def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, Benchmark]:
     """Load the benchmarks of --benchmarks, by the names under which their results are saved."""
     names = args.benchmarks.split(",")
-    rows_of = {name: problems.load_problems(name, "test")[: args.limit or None] for name in names}
+    rows_of = {}
+    for name in names:
+        rows_of[name] = problems.load_problems(name, "test")[: args.limit or None]
     tokenizer = problems.load_tokenizer(files.model_folder(args.model))
     benchmarks = {}
     for name in names:
@@ -348,7 +363,9 @@ def without_path(header: dict) -> dict:
 
 def start_engine(args: argparse.Namespace, benchmarks: list[Benchmark]) -> Any:
     """Start the engine, with room for the longest prompt of these benchmarks and its response."""
-    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
+    prompts = []
+    for benchmark in benchmarks:
+        prompts += benchmark.prompts
     longest_prompt = max(len(prompt.ids) for prompt in prompts)
     llm = engine.start_engine(
         args.model,
@@ -365,6 +382,7 @@ def sample_benchmark(
     llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
+    # As in the paper: one greedy response to each problem of a large set, 32 samples of a small one.
     num_samples = args.num_samples
     if num_samples is None:
         # A local file has the task "math", whatever its name.
@@ -387,7 +405,11 @@ def sample_benchmark(
 
 
 def save_benchmark(path: Path, records: list[dict], rows: list[dict]) -> dict:
-    """Save a benchmark's samples, and return its scores."""
+    """Save a benchmark's samples, and return its scores.
+
+    A record on the disk has no row. The row is added for scoring alone, since a reward function may
+    want any of its columns.
+    """
     lines = [json.dumps(record, default=str) + "\n" for record in records]
     files.write_text(path, "".join(lines))
     row_of = {row["id"]: row for row in rows}

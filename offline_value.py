@@ -120,6 +120,7 @@ def make_header(
     `seconds` include the engine's start. They are those of the last start: after a continued run,
     tokens_per_second is too high.
     """
+    # The flags come first: a person reads in them how to make the file again.
     header = vars(args) | identity
     header["versions"] = {d.name: d.version for d in distributions() if d.name in LIBRARIES}
     header["seconds"] = seconds
@@ -131,6 +132,7 @@ def make_header(
     fractions_right = []
     for entry in entries:
         num_right = sum(reward > 0 for reward in entry["rewards"])
+        # Its mean over the prompts is pass@1, and how often it is above 0 is pass@N.
         fractions_right.append(num_right / len(entry["rewards"]))
     num_solved = sum(right > 0 for right in fractions_right)
     header["mean_v_star"] = sum(entry["v_star"] for entry in entries) / len(entries)
@@ -164,6 +166,7 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     )
     print(f"dropped: {header['dropped_long']} too long, {header['dropped_ungradable']} ungradable")
     print(f"grading: {header['grading']}")
+    # The longest bar has 50 signs.
     print(f"prompts by the number right of {n}:")
     for k, count in enumerate(prompts_with):
         print(f"{k:>4} {count:>6} {'#' * (50 * count // max(prompts_with))}")
@@ -203,7 +206,11 @@ def read_finished(out: Path, identity: dict) -> dict | None:
 
 
 def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int) -> list[Prompt]:
-    """Make the prompts of all rows, and leave out those of more than `longest` tokens."""
+    """Make the prompts of all rows, and leave out those of more than `longest` tokens.
+
+    They are left out and not cut: V* of half a question would be worth nothing. Raises UserError if
+    none is left, or if the model cannot continue one of them.
+    """
     tokenizer = llm.get_tokenizer()
     prompts = []
     for row in rows:

@@ -54,6 +54,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     final_step = saved_step(out / "final")
     if final_step is not None and final_step >= config["num_steps"]:
         return Progress(True, None, final_step)
+    # Not finished: --num-steps may have grown since, or the run was stopped or killed.
     checkpoint = find_checkpoint(out / "checkpoints")
     step = saved_step(checkpoint) if checkpoint else 0
     files.write_json(out / "config.json", config)
@@ -95,7 +96,7 @@ class RunLog:
         self.tracker.init(project="a-star-po", name=self.out.name, config=config)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write one step's metrics."""
+        """Write one step's metrics: to the file, to the tracker, and in short to the terminal."""
         self.metrics_file.write(json.dumps(metrics) + "\n")
         self.metrics_file.flush()
         if self.tracker is not None:
@@ -128,7 +129,7 @@ class RunLog:
     def describe(self, metrics: dict[str, Any]) -> str:
         """Say in one line of at most 100 columns how far the run is."""
         parts = [f"step {metrics['step']}/{self.num_steps}"]
-        if "reward" in metrics:
+        if "reward" in metrics:  # step 0, the untrained model, has its accuracy alone
             self.seconds.append(metrics["seconds_total"])
             # The recent speed: responses grow longer or shorter while a model learns.
             recent = self.seconds[-20:]

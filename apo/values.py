@@ -40,6 +40,7 @@ def load_values(path: str) -> Values:
     header = check_header(document, path)
     entries = check_entries(document, path)
     style = PromptStyle.from_settings(header)
+    # What training depends on. The rest of the header describes how the file was made.
     digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
     return Values(header, entries, style, digest)
 
@@ -55,6 +56,7 @@ def check_header(document: dict, name: str) -> dict:
         **problems.PLAIN.settings(),
     }
     header.update(given)
+    # What stage 2 computes with, and what no default can replace.
     for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):
         value = header.get(field)
         highest = float("inf") if field == "beta1" else 1e9
@@ -63,6 +65,7 @@ def check_header(document: dict, name: str) -> dict:
     for field, kind in KINDS.items():
         if not isinstance(header[field], kind):
             raise UserError(f'{name}: "{field}" in its header cannot be {header[field]!r}')
+    # 256.0 is a whole number too.
     header["max_prompt_tokens"] = int(header["max_prompt_tokens"])
     header["max_tokens"] = int(header["max_tokens"])
     check_task(header, name)
@@ -108,7 +111,7 @@ def check_entries(document: dict, name: str) -> list[dict]:
     entries = document.get("prompts")
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{name} has no "prompts": is it a values file of stage 1?')
-    seen = set()
+    seen = set()  # two prompts with one id would share their seeds
     for number, entry in enumerate(entries, start=1):
         where = f"{name}, prompt {number}"
         if not isinstance(entry, dict):
@@ -125,6 +128,7 @@ def check_entries(document: dict, name: str) -> list[dict]:
         if entry["id"] in seen:
             raise UserError(f"{where}: an earlier prompt has the same id, {entry['id']!r}")
         seen.add(entry["id"])
+        # One reward is enough for a V*, and any finite number is a reward.
         rewards = entry.get("rewards")
         if not isinstance(rewards, list) or not rewards:
             raise UserError(f'{where} ({entry["id"]}) has no list "rewards"')
