@@ -382,7 +382,7 @@ def sample_benchmark(
     llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
-    # As in the paper: one greedy response to each problem of a large set, 32 samples of a small one.
+    # As in the paper: one greedy response to each problem, but 32 samples of small sets.
     num_samples = args.num_samples
     if num_samples is None:
         # A local file has the task "math", whatever its name.
