@@ -42,7 +42,8 @@ Algebra = Callable[[str, str], bool | None]
 
 def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
     """Say whether two pieces of LaTeX are equal; None if `algebra` leaves it open."""
-    if gold.strip() == box.strip():
+    # 81,256 is read as a number further on, but it may be the list 81, 256 as well.
+    if box.strip() in (gold.strip(), re.sub(r",\s+", ",", gold.strip())):
         return True
     # Some patterns take time quadratic in the length.
     gold = expand_characters(gold)
@@ -143,8 +144,13 @@ def compare_equations(golds: list[str], preds: list[str], algebra: Algebra) -> b
 
 
 def is_name(text: str) -> bool:
-    """Say whether a text is a name: x, y', \\theta, a_{10}, f(x)."""
-    return bool(re.fullmatch(r"([a-zA-Z]|\\[a-z]+)'*(_\{?\w+\}?)?(\([\w,]+\))?", text))
+    """Say whether a text is a name: x, y', a_{10}, f^{-1}(x), \\angle ABC, \\text{Area}, (x,y)."""
+    function = re.sub(r"(\^\{-1\})?\([\w,|]+\)$", "", text)
+    letter = re.sub(r"'*(_\{?\w+\}?)?$", "", function)
+    is_letter = re.fullmatch(r"[a-zA-Z]|\\[a-z]+|\\text\{[^{}]*\}", letter)
+    is_figure = re.fullmatch(r"(\\angle ?)?[\[|]?[A-Z]{1,4}[\]|]?", letter)
+    is_tuple = re.fullmatch(r"\([a-z](,[a-z])+\)", text)
+    return bool(is_letter or is_figure or is_tuple)
 
 
 def says_what(left_side: str) -> bool:
@@ -180,7 +186,7 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
 
 def words(text: str) -> str:
     """Drop what makes no difference between words: \\text{}, brackets, capital letters."""
-    text = re.sub(r"\\text\{\(?([^{}]*?)\)?\}", r"\1", text)
+    text = re.sub(r"\\text\{\(?([^{}]*?)[).]*\}", r"\1", text)
     if re.fullmatch(r"[A-D]|[a-zA-Z,]{2,}", text):
         return text.casefold()
     return text

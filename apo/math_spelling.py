@@ -18,7 +18,8 @@ CHARACTERS = r"""
     − -   – -   × \times   · \cdot   ⋅ \cdot   ÷ /   √ \sqrt   π \pi   ∞ \infty   ° ^\circ   ， ,
     ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
     θ \theta   α \alpha   β \beta   γ \gamma   λ \lambda   μ \mu   φ \phi   ω \omega   Δ \Delta
-    ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ℝ \mathbb{R}   （ (   ） )   ： :
+    ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ∕ /   （ (   ） )   ： :
+    ℝ \mathbb{R}   ℤ \mathbb{Z}   ℕ \mathbb{N}   ℚ \mathbb{Q}   ｛ \{   ｝ \}   － -   ＋ +   ＝ =
 """
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
@@ -31,7 +32,7 @@ NAMES = r"""
     \varphi \phi   \varepsilon \epsilon   \varnothing \emptyset   \degree ^\circ   \degrees ^\circ
     \pmod \mod   \bmod \mod   \setminus \backslash   \mathrm \text   \textbf \text   \textrm \text
     \textit \text   \textnormal \text   \mathsf \text   \mbox \text   \operatorname \text
-    \div /   \nicefrac \frac   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
+    \div /   \nicefrac \frac   \R \mathbb{R}   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
     sqrt \sqrt   pi \pi   sin \sin   cos \cos   tan \tan   cot \cot   log \log   ln \ln   exp \exp
     arcsin \arcsin   arccos \arccos   arctan \arctan   gcd \gcd   percent %   and ~,~   or ~,~
 """
@@ -81,6 +82,7 @@ def rename(text: str) -> str:
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
+    text = re.sub(r"\\mathbb *([A-Z])", r"\\mathbb{\1}", text)
     return text.replace(r"\text {", r"\text{")
 
 
@@ -100,6 +102,8 @@ def read_matrices(text: str) -> str:
 
 def bracket_rows(content: str, factor: str) -> str:
     """Write the rows of one matrix: 1&2\\\\3&4 and the factor x give [[x\\cdot(1),...],[...]]."""
+    if factor == "-":
+        factor = "-1"
     rows = []
     for row in content.strip().removesuffix(r"\\").split(r"\\"):
         cells = row.split("&")
@@ -153,7 +157,7 @@ def join_thousands(text: str) -> str:
     def join(found: re.Match) -> str:
         return found[0] if depth[found.start()] else re.sub(r"\D", "", found[0])
 
-    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}([ ,]\d{3})+(?![\d,])", join, text)
+    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}([ ,]\d{3})+(?!\d|,\d)", join, text)
 
 
 def separate_items(text: str) -> str:
@@ -168,15 +172,17 @@ UNIT_TEXT = r"\\text\{[^{}]*\}"
 def add_braces(text: str) -> str:
     """Put the arguments of a command in braces: \\frac12 is \\frac{1}{2}, \\sqrt2 is \\sqrt{2}."""
     text = re.sub(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\\sqrt *(\d+|[a-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\frac *(\w)", r"\\frac{\1}", text)
-    text = re.sub(rf"(\\frac *{GROUP}) *(\w)", r"\1{\2}", text)
+    text = re.sub(r"(\\frac|\\binom) *(\w|\\pi)", r"\1{\2}", text)
+    text = re.sub(rf"((?:\\frac|\\binom) *{GROUP}) *(\w|\\pi)", r"\1{\2}", text)
     # A fraction of units: m over s is m/s.
     text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
     # C_n^3 is a binomial, but C_1^2 may be the square of a constant.
     text = re.sub(r"\bC_([a-z]|\{\d+\})\^(\w|\{\d+\})", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\\mod *\{(\w+)\}", r"\\mod \1", text)
     return re.sub(r"\\log_(\w) *", r"\\log_{\1}", text)
 
 
@@ -202,6 +208,8 @@ def read_set(text: str) -> str:
         return f"(-∞,{hole[1]}),({hole[1]},∞)"
     if text == REALS:
         return "(-∞,∞)"
+    if text == "{}":
+        return r"\emptyset"
     return re.sub(r"^(?:\([^()]*\)|[^=,]*)=(\{.*\})$", r"\1", text)
 
 

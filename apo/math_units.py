@@ -11,9 +11,10 @@ import re
 UNIT_TABLE = """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
     ft foot feet; in inch inche; yd yard; mi mile; kg kilogram; g gram; mg milligram; lb pound;
-    oz ounce; l liter litre; ml milliliter; s sec second; min minute; h hr hour; degree deg circ;
-    dollar usd; 2 square sq; 3 cubic; km/h kmh; mi/h mph; n newton; j joule; w watt; hz hertz;
-    rad radian; cent; am; pm; unit; / per
+    oz ounce; l liter litre; ml milliliter millilitre; gal gallon; s sec second; min minute;
+    h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph; degree deg circ; c celsius coulomb;
+    f fahrenheit farad; k kelvin; n newton; j joule; w watt; hz hertz; v volt; a amp ampere;
+    pa pascal; mol mole; rad radian; dollar usd; cent; am; pm; unit; / per; squares
 """
 UNITS = {}
 for row in UNIT_TABLE.split(";"):
@@ -21,10 +22,12 @@ for row in UNIT_TABLE.split(";"):
         UNITS[word] = row.split()[0]
 # With one of these words a number is another number, or not one number any more.
 NO_UNIT = """
-    million billion trillion hundred thousand dozen score half halve third quarter fourth fifth
-    sixth seventh eighth ninth tenth hundredth thousandth squared cubed factorial plus minus times
-    over to or and not is if pi more less least most than about maybe but percent root below above
-    else only
+    dozen score hundred thousand million billion trillion quadrillion quintillion lakh crore
+    half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth
+    millionth billionth trillionth square squared cubed factorial power exponent base root inverse
+    reciprocal negative plus minus times over mod modulo choose pi percent double doubled triple
+    tripled halved twice repeating recurring to or and not is if but only else more less least most
+    than about approx approximately roughly nearly maybe below above
 """
 # A unit at the end of a text.
 UNIT = re.compile(
@@ -53,9 +56,10 @@ def split_unit(text: str) -> tuple[str, str]:
     names = []
     for name in unit_words(found[0]):
         singular = name.removesuffix("s")
-        if name in NO_UNIT.split() or singular in NO_UNIT.split():
+        known = UNITS.get(name) or UNITS.get(singular)
+        if known is None and (name in NO_UNIT.split() or singular in NO_UNIT.split()):
             return text, ""
-        names.append(UNITS.get(name) or UNITS.get(singular) or singular)
+        names.append(known or singular)
     # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.
     is_bare = found[0].strip()[:1].isalpha()
     is_plural = re.match(r" *[a-z]{3,}s\b", found[0])
@@ -65,9 +69,11 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def unit_words(unit: str) -> list[str]:
-    """Return the words of a unit, an exponent after its word: ft and square for \\text{sq.ft}."""
+    """Return the words and powers of a unit: ft 2 for \\text{sq.ft}, and m / s for m s^{-1}."""
     unit = re.sub(r"(\w\w)\.", r"\1 ", unit.lower())  # sq.ft
     unit = re.sub(r"\\text|\\cdot|\.", "", unit)
     unit = unit.replace("''", "in").replace("'", "ft")
-    unit = re.sub(r"(square|sq|cubic) (\w+)", r"\2 \1", unit)
-    return re.findall(r"[^\W\d_]+|[-/\d]", unit)
+    unit = re.sub(r"(square|sq) (\w+)|(\w+) squared", r"\2\3 2", unit)
+    unit = re.sub(r"cubic (\w+)|(\w+) cubed", r"\1\2 3", unit)
+    unit = re.sub(r"(\w+)\}?\^\{?-", r"/\1 ", unit)
+    return re.findall(r"[^\W\d_]+|[/2-9]", unit)  # a power of 1 says nothing

@@ -29,10 +29,15 @@ from typing import Any, NamedTuple
 
 from apo.math_reward import check_answer, counts, grade, last_box
 
+# How often `grade` and math-verify take turns.
 ROUNDS = 3
+# Boxes that a reward without limits would compute for ever.
 DEEP = "(" * 3000 + "5" + ")" * 3000
 HUGE = r"\binom{1000000000}{500000000}"
 PATHOLOGICAL = [r"9^{9^{9^9}}", "10000000!", DEEP, HUGE, r"\sin(10^{10^{7}})"]
+
+
+# Rows and cases -----------------------------------------------------------------------------------
 
 
 def load_rows(path: str) -> list[dict]:
@@ -73,22 +78,31 @@ def check_file(path: str) -> None:
         if "output" in row:
             cases.append(Case("label", row, row["output"], row["label"]))
     rewards = grade([case.response for case in cases], [case.row["answer"] for case in cases])
-    total = Counter(case.name for case in cases)
+    total = Counter()
     right = Counter()
     for case, reward in zip(cases, rewards, strict=True):
-        right[case.name] += reward == case.label
-        if reward != case.label:
-            answer, box = case.row["answer"], last_box(case.response)
+        total[case.name] += 1
+        if reward == case.label:
+            right[case.name] += 1
+        else:
+            answer = case.row["answer"]
+            box = last_box(case.response)
             print(f"{case.row['id']} {case.name}: answer {answer!r}, box {box!r}")
     for name in total:
         print(f"{path} {name}: {right[name]} of {total[name]} as they should be", flush=True)
+
+
+# Speed --------------------------------------------------------------------------------------------
 
 
 def responses_to(rows: list[dict], rng: random.Random) -> list[str]:
     """Return the solutions, half of them with the answer of another row in the box."""
     responses = []
     for row in rows:
-        shown = row if rng.random() < 0.5 else rng.choice(rows)
+        shown = row
+        if rng.random() >= 0.5:
+            shown = rng.choice(rows)
+        # The box is spelled as models spell it, so that text alone does not decide.
         body = row["solution"].replace(r"\boxed", "")
         box = shown["answer"].replace(r"\frac", r"\dfrac")
         box = box.replace("(", r"\left(").replace(")", r"\right)")
@@ -113,11 +127,12 @@ def time_it(name: str, work: Callable[..., list[float]], *args: Any) -> None:
 
 
 def measure_speed(path: str) -> None:
-    """Let both take turns, then grade two batches with pathological boxes."""
+    """Let `grade` and math-verify take turns, then grade two batches with pathological boxes."""
     rng = random.Random(0)
     rows = load_rows(path)
     answers = [row["answer"] for row in rows]
     with multiprocessing.get_context("spawn").Pool() as pool:
+        # The processes start and learn their grammar before the clock runs.
         warm_up = [(rf"\boxed{{x + {n}}}", f"{n} + x") for n in range(100)]
         pool.starmap(with_math_verify, warm_up, 5)
         grade(*zip(*warm_up, strict=True))
@@ -129,18 +144,25 @@ def measure_speed(path: str) -> None:
             time_it("math-verify", pool.starmap, with_math_verify, pairs, 20)
     for batch in ("first", "second"):
         boxes = [str(n) for n in range(1000)]
-        boxes[::50] = PATHOLOGICAL * 4
+        boxes[::50] = PATHOLOGICAL * 4  # one in 50
         responses = [rf"\boxed{{{box}}}" for box in boxes]
         time_it(f"{batch} batch", grade, responses, [str(n) for n in range(1000)])
 
 
+# A busy machine -----------------------------------------------------------------------------------
+
+
 def lost(busy: int) -> int:
     """Count the right symbolic answers of 100 that get no reward beside busy processes."""
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    answers = []
+    responses = []
     # Other answers each time, so that no worker remembers them.
-    numbers = range(100 * busy + 2, 100 * busy + 102)
-    answers = [rf"\frac{{x^{{{n}}}+{n}}}{{\sqrt{{{n}}}}}" for n in numbers]
-    responses = [rf"\boxed{{({n}+x^{{{n}}})\cdot {n}^{{-1/2}}}}" for n in numbers]
+    for n in range(100 * busy + 2, 100 * busy + 102):
+        answers.append(rf"\frac{{x^{{{n}}}+{n}}}{{\sqrt{{{n}}}}}")
+        responses.append(rf"\boxed{{({n}+x^{{{n}}})\cdot {n}^{{-1/2}}}}")
+    spinning = []
+    for _ in range(busy):
+        spinning.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
     try:
         return 100 - int(sum(grade(responses, answers)))
     finally:
@@ -148,13 +170,23 @@ def lost(busy: int) -> int:
             process.kill()
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["load"]:
+def main() -> None:
+    """Run the command that the command line names on each file."""
+    command, *paths = sys.argv[1:] or [""]
+    if command == "load":
         for busy in (0, 2, 4):
             print(f"100 symbolic answers beside {busy} busy processes: {lost(busy)} lost")
-    for path in sys.argv[2:]:
-        if sys.argv[1] == "check":
+    elif command == "check" and paths:
+        for path in paths:
             check_file(path)
-        else:
+    elif command == "speed" and paths:
+        for path in paths:
             measure_speed(path)
+    else:
+        print("error: give `check` or `speed` with files, or `load`", file=sys.stderr)
+        sys.exit(2)
     print(counts)
+
+
+if __name__ == "__main__":
+    main()
