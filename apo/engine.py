@@ -171,7 +171,7 @@ def start_engine(
     """Start this rank's vLLM engine, the same in all stages. Every rank must call it together.
 
     `max_model_len` is the number of tokens of the longest prompt and response together; `options`
-    are further arguments of vllm.LLM.
+    are further arguments of vllm.LLM, such as the size of the KV cache (memory_budget.py).
     """
     # Known and harmless: Triton is not used on a CPU, and vLLM uses a name that torch has renamed.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
@@ -214,16 +214,19 @@ def vocabulary_size(llm: Any) -> int:
     return llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
 
+def has_sleep_mode(llm: Any) -> bool:
+    """Say whether the cache is released while the policy is updated; see memory_budget.py."""
+    return llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+
+
 def release_cache(llm: Any) -> None:
-    """Give the memory of the KV cache to the trainer; the weights stay. No effect on a CPU.
+    """Give the memory of the KV cache to the trainer; the weights stay. Only in sleep mode.
 
     vLLM refuses while a request is left. After the last response is out, the scheduler still holds
     its id until one more step, and with asynchronous scheduling a batch can still be in flight. So
     the engine is stepped until nothing is left.
     """
-    import torch
-
-    if not torch.cuda.is_available():
+    if not has_sleep_mode(llm):
         return
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests() or core.batch_queue:
@@ -233,10 +236,8 @@ def release_cache(llm: Any) -> None:
 
 
 def restore_cache(llm: Any) -> None:
-    """Take the memory of the KV cache back, and let the scheduler run. No effect on a CPU."""
-    import torch
-
-    if torch.cuda.is_available():
+    """Take the memory of the KV cache back, and let the scheduler run. Only in sleep mode."""
+    if has_sleep_mode(llm):
         llm.wake_up(tags=["kv_cache"])
 
 
