@@ -33,7 +33,7 @@ NO_UNIT = """
 UNIT = re.compile(
     r"""(?:
         (?: \\text\{ [^{},\d+!^-] (?: [^{},\d+!] | \^\{?-?\d\}? )* \}  # \text{cm^2}
-          | \^\\circ [ ]* [CF]?                                        # degrees
+          | \^\\circ (?: [ ]* [CF] )?                                   # degrees
           | (?<=\d) ''? $                                              # 5'' is 5 inches
           | (?<![\\a-zA-Z]) (?: m/s | [a-zA-Z]{2,} )                   # 5 cm
           | / | \\cdot | [ ]

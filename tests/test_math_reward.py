@@ -418,6 +418,7 @@ TOKENS = [r"\frac", r"\sqrt", r"\text{", r"\text{ cm}", r"\left(", r"\{", r"\}",
 TOKENS += [r"\pm", r"\cup", r"\infty", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\overline{"]
 TOKENS += [r"\over", r"\le", r"\ne", r"\boxed{", r"\$", r"\times 10^", "0e", "½", "√", "°", "²"]
 TOKENS += [*"0123xeiE{}()[]^_,;:=<>+-*/!.$%& \\'|", "1,234", "12 ", "and", "cm", " cm", "\0", "x="]
+TOKENS += [r"\color{red}", "C_n^", r"\choose", r"\mathbb", r"\mod", r"^\circ ", "squared", "⁴", "₁"]
 GOLDS = ["5", "x^2+1", "1, 2, 3", "x<2", r"\text{even}", r"\frac{\sqrt{3}}{2}"]
 
 
@@ -440,7 +441,9 @@ def test_no_box_of_two_tokens_is_slow(a: str, b: str, length: int, gold: str) ->
     assert min(cpu_seconds(box, gold) for _ in range(2)) < 0.2
 
 
-@pytest.mark.parametrize("text", ["½" * 990, "0e" * 500, "5" * 999, "1 " * 490, "a " * 490])
+@pytest.mark.parametrize(
+    "text", ["½" * 990, "0e" * 500, "5" * 999, "1 " * 490, "a " * 490, r"squared^\circ" * 80]
+)
 def test_known_slow_boxes_are_fast(text: str) -> None:
     for length in (1000, math_equality.LONGEST):
         assert min(cpu_seconds(text[:length], gold) for gold in GOLDS) < 0.2
