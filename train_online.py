@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import losses
-from apo import command_line, engine, files, math_reward, problems, self_check
+from apo import command_line, engine, files, lora, math_reward, memory_budget, problems, self_check
 from apo.command_line import (
     positive_integer,
     positive_number,
@@ -208,7 +208,7 @@ class Run:
     log: RunLog
     llm: Any
     policy: Policy
-    ref: Policy
+    ref: Callable[..., Tensor]  # as a policy is called; it returns ln pi_ref
     optimizer: torch.optim.Optimizer
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -465,11 +465,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
 
 
 def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
-    """Take the run's folder, start the engine, load the models; None if the run is finished.
-
-    What moves during training is the policy, in float32, and AdamW's two moments: 16 bytes per
-    parameter with the gradient, shared out over the GPUs. The reference is in bf16 and never moves.
-    """
+    """Take the run's folder, start the engine, load the models; None if the run is finished."""
     log = RunLog(Path(args.out), args.num_steps)
     config = make_config(args, data)
     progress = engine.on_rank_0(open_run, config, log)
@@ -483,16 +479,17 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
             print(f"--eval-dataset, counted as wrong: {sentence}")
 
     header = data.values.header
+    longest = header["max_prompt_tokens"] + header["max_tokens"]
     # The engine comes first, while no trainer memory is in its way.
+    memory = memory_budget.plan_memory(args, files.model_folder(header["model"]), longest)
     llm = engine.start_engine(
         header["model"],
-        header["max_prompt_tokens"] + header["max_tokens"],
+        longest,
         args.seed,
-        args.gpu_memory_utilization,
-        args.tensor_parallel_size,
+        tensor_parallel_size=args.tensor_parallel_size,
         # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
         enable_prefix_caching=False,
-        enable_sleep_mode=ON_GPU,
+        **memory,
     )
     tokenizer = llm.get_tokenizer()
     prompts = make_prompts(data.entries, data.values, tokenizer)
@@ -502,14 +499,10 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
     responses = self_check.sample_for_check(llm, prompts)
     engine.on_rank_0(self_check.check_model, reference, responses)
 
-    mesh = make_mesh()
-    start = progress.checkpoint or reference
-    checkpointing = args.gradient_checkpointing
-    policy = load_policy(start, mesh, torch.float32, gradient_checkpointing=checkpointing)
-    ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
-    ref.requires_grad_(False)
+    policy, ref = load_models(args, reference, progress.checkpoint)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     # AdamW's own defaults are the published ones: betas 0.9 and 0.999, weight decay 0.01.
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
+    optimizer = torch.optim.AdamW(trained, args.lr, fused=True)
     if progress.checkpoint is not None:
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
@@ -528,6 +521,30 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         reference_folder=reference,
         last_step=progress.step,
     )
+
+
+def load_models(
+    args: argparse.Namespace, reference: Path, checkpoint: Path | None
+) -> tuple[Policy, Callable[..., Tensor]]:
+    """Load the policy, from a checkpoint if there is one, and the reference.
+
+    What moves during training is the policy, in float32, and AdamW's two moments: 16 bytes per
+    parameter with the gradient, shared out over the GPUs. The reference is in bf16 and never moves.
+    With --lora-rank only the adapters move, and the policy is its own reference.
+    """
+    mesh = make_mesh()
+    checkpointing = args.gradient_checkpointing
+    if args.lora_rank > 0:
+        adapted = lora.load_lora_policy(
+            reference, mesh, args.lora_rank, args.seed, checkpoint, checkpointing
+        )
+        return adapted, lora.Reference(adapted)
+
+    start = checkpoint or reference
+    policy = load_policy(start, mesh, torch.float32, gradient_checkpointing=checkpointing)
+    ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
+    ref.requires_grad_(False)
+    return policy, ref
 
 
 def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
@@ -579,6 +596,7 @@ def check(args: argparse.Namespace) -> TrainingData:
         raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
     if args.tracker and importlib.util.find_spec(args.tracker) is None:
         raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
+    lora.check(args.lora_rank, args.offload_ref)
 
     values = load_values(args.values)
     if args.beta1 is None:
@@ -651,6 +669,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--beta2", type=positive_number, default=1e-3, help="strength of the pull to the reference")
     add("--lr", type=positive_number, default=1e-6, help="learning rate of AdamW, constant")
+    add(
+        "--lora-rank",
+        type=whole_number,
+        default=0,
+        help="train adapters of this rank in place of all weights (needs peft); 0 trains all; "
+        "adapters want a larger --lr",
+    )
     add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
 
     add = parser.add_argument_group("memory and speed, without effect on the result").add_argument

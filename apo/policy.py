@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,13 @@ def packed_attention(
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that gives the log-probs of response tokens, and never its logits."""
+    """A causal language model that gives the log-probs of response tokens, and never its logits.
+
+    Here all weights are trained. With --lora-rank they are not: see LoraPolicy in lora.py.
+    """
+
+    # In which dtype a checkpoint has the model's weights: the one in which they are trained.
+    checkpoint_dtype = torch.float32
 
     def __init__(self, lm: torch.nn.Module) -> None:
         super().__init__()
@@ -277,19 +283,27 @@ class Policy(torch.nn.Module):
         head = self.lm.get_output_embeddings().weight
         return losses.token_logprob(hidden[rows], head, targets, temperature)
 
-    def load_into(self, llm: Any) -> None:
-        """Stream the weights into the engine; all ranks must call it together.
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Put the weights together one at a time, so that no second copy of the model is made.
 
-        Weights travel one at a time, in bf16 on GPUs, so that no second copy of the model is made.
-        A head that is tied to the embedding travels twice, since a CPU engine keeps its own copy of
-        the head in another layout.
+        They have the names and shapes of the plain model. All ranks must walk through them
+        together. A head that is tied to the embedding comes twice.
         """
+        for name, weight in self.lm.state_dict().items():
+            yield name, whole(weight, dtype)
 
-        def whole_weights() -> Any:
-            for name, weight in self.lm.state_dict().items():
-                yield name, whole(weight, COMPUTE_DTYPE)
+    def adapters(self) -> dict[str, Tensor]:
+        """Return what is trained beside the model's weights, by name: nothing here."""
+        return {}
 
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights()})
+    def load_into(self, llm: Any) -> None:
+        """Stream the weights into the engine, in bf16 on GPUs; all ranks must call it together.
+
+        It needs a tied head twice, since a CPU engine keeps its own copy of the head in another
+        layout.
+        """
+        arguments = {"weights_iterator": self.weights(COMPUTE_DTYPE)}
+        llm.collective_rpc("reload_weights", kwargs=arguments)
 
 
 def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -321,6 +335,13 @@ def load_policy(
     Every rank first loads the whole model into CPU memory, and then keeps only its slices. Whether
     the model is one that this file computes right is checked in self_check.py.
     """
+    policy = Policy(load_lm(folder, dtype, gradient_checkpointing))
+    shard([*policy.lm.base_model.layers, policy], mesh, offload)
+    return policy
+
+
+def load_lm(folder: Path, dtype: torch.dtype, gradient_checkpointing: bool) -> torch.nn.Module:
+    """Load a model into CPU memory, to be run on packed sequences."""
     from transformers import AutoModelForCausalLM
 
     register_packed_attention()
@@ -332,9 +353,7 @@ def load_policy(
         # transformers looks at this mark of a layer. The modules inside stay in evaluation mode.
         for layer in lm.base_model.layers:
             layer.training = True
-    policy = Policy(lm)
-    shard([*lm.base_model.layers, policy], mesh, offload)
-    return policy
+    return lm
 
 
 def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = False) -> None:
@@ -363,8 +382,10 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
         fsdp.fully_shard(module, **options)
 
 
-def add_ref_logp(ref: Policy, updates: list[list[MicroBatch]]) -> None:
+def add_ref_logp(ref: Callable[..., Tensor], updates: list[list[MicroBatch]]) -> None:
     """Give every micro-batch of every update its ln pi_ref.
+
+    `ref` is called as a Policy is: a policy of its own, or lora.Reference.
 
     The reference runs in the very shapes in which the policy will: only then is the log-ratio
     exactly 0 before the first update.
@@ -390,6 +411,7 @@ def save_checkpoint(
 
     With an optimizer it is a checkpoint: float32 weights, and the optimizer's state under trainer/,
     of which every rank writes its own part. Without one it is the finished model, in bf16 on GPUs.
+    Adapters, if there are any, lie under trainer/ in float32, and the weights have them added.
     The folder gets its name last, when everything in it is on the disk.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -398,19 +420,18 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
     dist.barrier()
 
-    dtype = COMPUTE_DTYPE if optimizer is None else torch.float32
+    dtype = COMPUTE_DTYPE if optimizer is None else policy.checkpoint_dtype
     # A head that is tied to the embedding is in the state twice, and in the file once.
     parameters = {name for name, _ in policy.lm.named_parameters(remove_duplicate=False)}
     tied = parameters - {name for name, _ in policy.lm.named_parameters()}
     weights = {}
-    for name, sharded in policy.lm.state_dict().items():
-        if name not in tied:
-            weight = whole(sharded, dtype)
-            if dist.get_rank() == 0:
-                weights[name] = weight.cpu()
+    for name, weight in policy.weights(dtype):
+        if name not in tied and dist.get_rank() == 0:
+            weights[name] = weight.cpu()
     if optimizer is not None:
         state = dcp_state.get_optimizer_state_dict(policy, optimizer)
-        dcp.save({"optimizer": state}, checkpoint_id=unfinished / "trainer")
+        state = {"optimizer": state, "adapters": policy.adapters()}
+        dcp.save(state, checkpoint_id=unfinished / "trainer")
 
     if dist.get_rank() == 0:
         copy_model_files(reference, unfinished, dtype)

@@ -1,0 +1,136 @@
+"""LoRA (--lora-rank R): the weights stay as they are; small adapters beside them are trained.
+
+Every linear layer of the decoder layers gets an adapter, two matrices A (R, in) and B (out, R), and
+computes W x + 2 B A x in place of W x (Hu et al. 2021, arXiv 2106.09685; alpha = 2 R, no dropout).
+B starts at 0, so that the policy starts as the reference. Embedding, norms, biases and head are not
+trained.
+
+With its adapters off the policy is the reference, so one copy of the weights serves both. Outside
+the trainer nobody sees adapters: the engine, checkpoints and final/ get W + 2 B A as a weight like
+any other.
+
+peft makes the adapters and runs them. It is imported here alone, and only if it is asked for.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+
+from apo.files import UserError
+from apo.policy import COMPUTE_DTYPE, Policy, load_lm, shard, whole
+
+SCALE = 2  # alpha / R: what B A x is multiplied by
+# peft's names of an adapted layer's parts: its own weight, and the two matrices.
+BASE = "base_layer."
+A = "lora_A.default.weight"
+B = "lora_B.default.weight"
+
+
+def check(rank: int, offload_ref: bool) -> None:
+    """Raise UserError if --lora-rank cannot be used here."""
+    if rank == 0:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"--lora-rank {rank}: install peft first (pip install peft)")
+    if offload_ref:
+        raise UserError(
+            "--offload-ref has nothing to do with --lora-rank: the reference is no second model"
+        )
+
+
+class LoraPolicy(Policy):
+    """A policy whose weights are frozen, and whose adapters are trained."""
+
+    # The frozen weights are exact in it already, and adapters are saved apart from them.
+    checkpoint_dtype = COMPUTE_DTYPE
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Put the weights together one at a time, each with its adapter added in float32.
+
+        Names and shapes are those of the plain model. On GPUs the sum is rounded to bf16, where the
+        policy itself adds W x and 2 B A x: sampler and policy then differ by that rounding.
+        """
+        state = self.lm.state_dict()
+        for name, weight in state.items():
+            layer = name.removesuffix(BASE + "weight")
+            if name.endswith((A, B)):
+                continue
+            if layer == name:  # no adapter belongs to it
+                yield name.replace(BASE, ""), whole(weight, dtype)
+                continue
+            a = whole(state[layer + A], torch.float32)
+            b = whole(state[layer + B], torch.float32)
+            merged = whole(weight, COMPUTE_DTYPE).float() + SCALE * (b @ a)
+            yield layer + "weight", merged.to(dtype)
+
+    def adapters(self) -> dict[str, Tensor]:
+        """Return all A and B, by name: this rank's slices, which share memory with the model's."""
+        adapters = {}
+        for name, tensor in self.lm.state_dict().items():
+            if name.endswith((A, B)):
+                adapters[name] = tensor
+        return adapters
+
+
+class Reference:
+    """The policy with its adapters off: the model before training. It is called as a policy is.
+
+    peft's own switch, disable_adapter, also sets requires_grad. FSDP keeps that twice, for slices
+    and for gathered weights, and after the switch the two can disagree: adapters then get no
+    gradient. So the scale is 0 for a while instead: W x + 0 B A x is exactly W x.
+    """
+
+    def __init__(self, policy: LoraPolicy) -> None:
+        self.policy = policy
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Return ln pi_ref of each response token, (R,) float32; see Policy.forward."""
+        from peft.helpers import rescale_adapter_scale
+
+        with rescale_adapter_scale(self.policy.lm, 0.0):
+            return self.policy(**inputs)
+
+
+def load_lora_policy(
+    reference: Path,
+    mesh: DeviceMesh,
+    rank: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    gradient_checkpointing: bool = False,
+) -> LoraPolicy:
+    """Load the reference's weights, add adapters and shard all of it over the mesh.
+
+    The adapters are those of the checkpoint; without one A is drawn from the seed, and B is 0.
+    """
+    lm = load_lm(reference, COMPUTE_DTYPE, gradient_checkpointing)
+    add_adapters(lm, rank, seed)
+    policy = LoraPolicy(lm)
+    shard([*lm.base_model.layers, policy], mesh)
+    if checkpoint is not None:
+        # It writes into the memory of the adapters.
+        dcp.load({"adapters": policy.adapters()}, checkpoint_id=checkpoint / "trainer")
+    return policy
+
+
+def add_adapters(lm: torch.nn.Module, rank: int, seed: int) -> None:
+    """Freeze a model's weights, and add an adapter to each linear layer but the head.
+
+    Adapters are float32 whatever the weights are; FSDP computes with them in COMPUTE_DTYPE.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear")
+    # Every rank must draw the same A, of which it then keeps its slice.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, lm)
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
