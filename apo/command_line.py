@@ -45,7 +45,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
         "--gpu-memory-utilization",
         type=fraction,
         default=gpu_share,
-        help="share of each GPU's memory that the engine may use",
+        help="share of each GPU's memory that the engine may use; in stage 2 at most, since it "
+        "takes no more than a step needs",
     )
     add("--tensor-parallel-size", type=positive_integer, default=1, help="GPUs that share a model")
 

@@ -76,7 +76,7 @@ class Budget(NamedTuple):
     engine: int  # its weights
     cache: int
     reserve: int
-    card: int
+    card: int  # what is free before anything is loaded
     sleep_mode: bool  # whether the cache is given up while the policy is updated
 
     @property
@@ -116,7 +116,8 @@ def model_size(config: Any) -> ModelSize:
         layer_parameters=sum(p.numel() for p in lm.base_model.layers[0].parameters()),
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        # A few architectures have another name for it; most of them have this size.
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_heads=num_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
         head_size=head_size,
@@ -213,15 +214,16 @@ def cache_bytes(size: ModelSize, num_requests: int, longest: int, tensor_paralle
 def make_budget(size: ModelSize, setup: Setup, card: int) -> Budget:
     """Divide the memory of a card, and decide whether the cache stays while the policy is updated.
 
-    `card` is what is free before anything is loaded, in bytes. FSDP shards inside a machine.
+    `card` is what is free before anything is loaded, in bytes.
     """
-    shards = setup.gpus_per_machine
+    shards = setup.gpus_per_machine  # FSDP shards inside a machine
     engine = 2 * size.parameters // setup.tensor_parallel_size
     num_requests = min(setup.num_requests, MOST_AT_ONCE)
     parallel = setup.tensor_parallel_size
     needed = cache_bytes(size, num_requests, setup.longest, parallel)
     smallest = cache_bytes(size, 1, setup.longest, parallel)
     allowed = int(setup.most_of_card * card) - engine
+
     # Trained weights are float32. With LoRA all others are bf16, and the reference is the same.
     trained = size.parameters
     frozen = 0
@@ -244,6 +246,7 @@ def make_budget(size: ModelSize, setup: Setup, card: int) -> Budget:
     )
     if budget.peak <= card:
         return budget
+    # While the engine samples, there are neither gradients nor activations.
     room = card - (budget.sampling - budget.cache)
     cache = max(smallest, min(budget.cache, room))
     return budget._replace(cache=cache, sleep_mode=True)
@@ -267,7 +270,7 @@ def describe(budget: Budget) -> list[str]:
         decision = "the cache is released while the policy is updated (sleep mode)"
     else:
         decision = "the cache stays beside the trainer"
-    total = f"{budget.peak / GIB:.1f} of the card's {budget.card / GIB:.1f}"
+    total = f"{budget.peak / GIB:.1f} of {budget.card / GIB:.1f} that are free"
     lines = [
         f"GiB of each GPU, computed: {', '.join(parts)}",
         f"together at most {total}: {decision}",
@@ -280,13 +283,14 @@ def describe(budget: Budget) -> list[str]:
     return lines
 
 
-def engine_options(budget: Budget) -> dict[str, Any]:
+def engine_options(budget: Budget, total: int) -> dict[str, Any]:
     """Return the arguments of engine.start_engine that carry the decision out.
 
     With kv_cache_memory_bytes, vLLM makes a cache of just that size, and does not derive one from
-    gpu_memory_utilization. Of that, it only demands that so much is free at its start.
+    gpu_memory_utilization. That is a share of `total`, the bytes of the GPU in use or not, and vLLM
+    only demands that so much is free at its start.
     """
-    share = (budget.engine + budget.cache) / budget.card
+    share = (budget.engine + budget.cache) / total
     return {
         "gpu_memory_utilization": min(share, 1.0),
         "kv_cache_memory_bytes": budget.cache,
@@ -323,7 +327,7 @@ def plan_memory(args: argparse.Namespace, folder: Path, longest: int) -> dict[st
         return {"gpu_memory_utilization": args.gpu_memory_utilization}
     from transformers import AutoConfig
 
-    free, _ = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
     # Every rank must decide alike, so the GPU with the least decides.
     least = torch.tensor(free)
     dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -334,4 +338,4 @@ def plan_memory(args: argparse.Namespace, folder: Path, longest: int) -> dict[st
     budget = make_budget(size, setup, int(least))
     if dist.get_rank() == 0:
         print("\n".join(describe(budget)), flush=True)
-    return engine_options(budget)
+    return engine_options(budget, total)

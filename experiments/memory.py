@@ -1,12 +1,14 @@
-"""Simulate the peak memory of a GPU while training, without owning one.
+"""Simulate the peak memory of a GPU in stage 2, without owning one.
 
-Question: on how many 80 GB GPUs can Qwen2.5 of 0.5B to 32B be trained?
+Question: on which cards can Qwen2.5 of 0.5B to 32B be trained, and with which flags?
 Command:  python -m experiments.memory
-          python -m experiments.memory --shapes 7b --gpus 8 --tokens 16384 --offload-ref
-Time:     3 minutes on 2 cores.
+          python -m experiments.memory --shapes 7b --gpus 8 --card 48 --gradient-checkpointing
+          with --shapes: one set-up, with any flags of train_online.py.
+Time:     4 minutes on 2 cores.
 Output:   memory.txt and memory.json in experiments/results.
-Answer:   up to 3B on one, 7B on four, 14B on eight. 32B fits on none, since the weights are sharded
-          inside one machine only. All this is with --gradient-checkpointing.
+Answer:   on one 80 GB GPU up to 3B, 7B on four, 14B on eight with --offload-ref, all with
+          --gradient-checkpointing. 32B fits on no machine of eight, and more machines do not help,
+          since weights are sharded inside one machine only. Smaller cards: docs/hardware.md.
 
 A micro-batch goes forward and backward through the trainer's own code (apo.policy) at true depth.
 Its tensors have shapes but no storage (FakeTensorMode), and its process group sends nothing.
@@ -14,23 +16,24 @@ torch's FSDPMemTracker adds up what is alive. The master weights are float32 sha
 in bf16, and gradients are reduced in float32. The gradients of an earlier micro-batch are there
 already. All tokens are response tokens, which is the most that the head can cost.
 
-Added by hand, for each parameter: AdamW's two float32 moments (8 bytes, sharded; the tracker
-miscounts the optimizer's step), the bf16 reference (2 bytes, sharded; none with --offload-ref) and
-the engine's bf16 weights (2 bytes, on every GPU). The engine's KV cache is released while the
-trainer works. The second table says how many tokens of it fit while the engine samples, at most.
+The rest is arithmetic, by the same code with which stage 2 plans (apo/memory_budget.py): AdamW's
+moments, the reference, the engine's weights, its cache, and a reserve for what nothing here counts.
+(The tracker miscounts the optimizer's step.) The last column compares that plan, which computes the
+activations by a formula, with the simulation.
 
 Where the code for GPUs differs from that for CPUs, the simulation takes the former. Machines beyond
 the first hold replicas. They save nothing and may need up to 4 bytes more for each parameter of a
 shard, since torch holds each layer's reduced gradient until the backward pass ends.
 
-Not counted: fragmentation of the allocator, the CUDA context, buffers of NCCL, workspaces of
+Not simulated: fragmentation of the allocator, the CUDA context, buffers of NCCL, workspaces of
 kernels, the engine's CUDA graphs and activations, and the short moments in which weights go to the
-engine or to a checkpoint. An 80 GB card counts as 80e9 bytes (74.5 GiB) where an H100 shows 79.6:
-the difference is for these. The check at the end compares the simulation with a real run on a CPU.
+engine or to a checkpoint. A card of 80 GB counts as 80e9 bytes (74.5 GiB) where an H100 shows 79.6.
+The check at the end compares the simulation with a real run on a CPU.
 """
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
@@ -49,14 +52,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from apo import command_line, policy
+import train_online
+from apo import command_line, lora, memory_budget, policy
 from apo.files import UserError, write_json, write_text
+from apo.memory_budget import GIB, Budget
 
 GPUS_PER_MACHINE = 8
-CARD = 80e9  # bytes
-GIB = 2**30
+GB = 10**9  # of which the makers of cards speak
+LONGEST = 1280  # tokens of the longest prompt and response of the published run
 SEQUENCE = 1024  # tokens of each packed sequence
 
 
@@ -104,17 +109,27 @@ def count_parameters(config: Qwen2Config) -> int:
     return sum(p.numel() for p in lm.parameters())
 
 
-def make_policy(config: Qwen2Config, mesh: DeviceMesh, checkpointing: bool) -> policy.Policy:
-    """Shard a float32 policy of random weights, with the gradients of an earlier micro-batch."""
-    AttentionInterface.register("packed", policy.packed_attention)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
+def make_policy(
+    config: Qwen2Config, mesh: DeviceMesh, checkpointing: bool, lora_rank: int = 0
+) -> policy.Policy:
+    """Shard a policy of random weights, with the gradients of an earlier micro-batch."""
+    policy.register_packed_attention()
+    dtype = policy.COMPUTE_DTYPE if lora_rank > 0 else torch.float32
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
     if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    model = policy.Policy(lm)
+    if lora_rank > 0:
+        # peft moves each adapter to the device of its layer, where a fake one is already.
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            lora.add_adapters(lm, lora_rank, seed=0)
+        model = lora.LoraPolicy(lm)
+    else:
+        model = policy.Policy(lm)
     policy.shard([*lm.base_model.layers, model], mesh)
     model.train()
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     return model
 
 
@@ -160,6 +175,7 @@ def simulate(
     num_gpus: int,
     num_tokens: int = 8192,
     checkpointing: bool = True,
+    lora_rank: int = 0,
     compute_dtype: torch.dtype = torch.bfloat16,
     **changes: int,
 ) -> int:
@@ -175,7 +191,7 @@ def simulate(
         stack.enter_context(mock.patch.object(policy, "ON_GPU", on_gpu))
         mesh = stack.enter_context(fake_mesh(num_gpus))
         stack.enter_context(FakeTensorMode())
-        model = make_policy(make_config(name, **changes), mesh, checkpointing)
+        model = make_policy(make_config(name, **changes), mesh, checkpointing, lora_rank)
         inputs = make_inputs(num_tokens)
         tracker = PeakTracker(model)
         tracker.track_inputs((inputs,))
@@ -184,96 +200,88 @@ def simulate(
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-class Case(NamedTuple):
-    """One training set-up, and where the memory of each of its GPUs goes, in GiB."""
+class Command(NamedTuple):
+    """A run of stage 2: a model, so many cards, and the flags of train_online.py."""
 
     shape: str
-    parameters: int
     gpus: int
-    tokens: int  # of a micro-batch
-    checkpointing: bool
-    trainer_gib: float  # simulated: weights, gradients, activations, buffers
-    adamw_gib: float
-    ref_gib: float
-    engine_gib: float
-    peak_gib: float
-    fits: bool
-    kv_tokens: int  # how many tokens of KV cache (bf16, all layers) fit while the engine samples
+    card_gb: int
+    flags: str
 
 
-def make_case(
-    name: str,
-    num_gpus: int,
-    num_tokens: int,
-    checkpointing: bool,
-    trainer: int,
-    offload_ref: bool,
-    tensor_parallel: int,
-) -> Case:
-    """Add to the trainer's simulated peak, in bytes, what is known without a simulation."""
-    config = make_config(name)
-    num_shards = min(num_gpus, GPUS_PER_MACHINE)
-    count = count_parameters(config)
-    weights = 4 * count / num_shards
-    adamw = 8 * count / num_shards
-    ref = 0 if offload_ref else 2 * count / num_shards
-    engine = 2 * count / tensor_parallel
-    peak = trainer + adamw + ref + engine
+class Case(NamedTuple):
+    """A command, and where the memory of each of its GPUs goes."""
 
-    # While the engine samples, there are no gradients and no activations.
-    room = CARD - weights - adamw - ref - engine
-    head_size = config.hidden_size // config.num_attention_heads
-    keys_per_token = config.num_hidden_layers * config.num_key_value_heads * head_size
-    bytes_per_token = 2 * 2 * keys_per_token  # keys and values, 2 bytes each
-    kv_tokens = max(0, int(room * tensor_parallel / bytes_per_token))
-    return Case(
-        shape=name,
-        parameters=count,
-        gpus=num_gpus,
-        tokens=num_tokens,
-        checkpointing=checkpointing,
-        trainer_gib=trainer / GIB,
-        adamw_gib=adamw / GIB,
-        ref_gib=ref / GIB,
-        engine_gib=engine / GIB,
-        peak_gib=peak / GIB,
-        fits=peak <= CARD,
-        kv_tokens=kv_tokens,
+    command: Command
+    parameters: int
+    budget: Budget  # its activations are simulated
+    computed: Budget  # as stage 2 computes and prints it
+
+    @property
+    def fits(self) -> bool:
+        """Say whether a card is large enough, reserve included."""
+        return self.budget.peak <= self.budget.card
+
+
+# The table of peaks has these models on so many cards of 80 GB.
+PEAK_SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-14b")
+PEAK_GPUS = (1, 2, 4, 8)
+# The largest model of each card: with all weights trained, and with LoRA.
+PLAIN = "--gradient-checkpointing"
+LORA = "--gradient-checkpointing --lora-rank 16"
+CARDS = (
+    Command("qwen2.5-0.5b", 1, 16, PLAIN),
+    Command("qwen2.5-1.5b", 1, 16, LORA),
+    Command("qwen2.5-1.5b", 8, 16, PLAIN),
+    Command("qwen2.5-3b", 8, 16, LORA),
+    Command("qwen2.5-0.5b", 1, 24, PLAIN),
+    Command("qwen2.5-3b", 1, 24, LORA),
+    Command("qwen2.5-3b", 8, 24, PLAIN),
+    Command("qwen2.5-1.5b", 1, 40, PLAIN),
+    Command("qwen2.5-3b", 1, 40, LORA),
+    Command("qwen2.5-3b", 8, 40, PLAIN),
+    Command("qwen2.5-7b", 8, 40, LORA),
+    Command("qwen2.5-1.5b", 1, 48, PLAIN),
+    Command("qwen2.5-7b", 1, 48, LORA),
+    Command("qwen2.5-7b", 8, 48, PLAIN),
+    Command("qwen2.5-3b", 1, 80, PLAIN),
+    Command("qwen2.5-14b", 1, 80, LORA),
+    Command("qwen2.5-1.5b", 8, 80, ""),
+    Command("qwen2.5-7b", 8, 80, PLAIN),
+    Command("qwen2.5-14b", 8, 80, PLAIN + " --offload-ref"),
+)
+
+
+@functools.cache
+def simulate_once(
+    name: str, num_gpus: int, num_tokens: int, checkpointing: bool, lora_rank: int
+) -> int:
+    """Call `simulate` once for the same arguments, and say how long it took."""
+    start = time.perf_counter()
+    peak = simulate(name, num_gpus, num_tokens, checkpointing, lora_rank)
+    seconds = time.perf_counter() - start
+    print(f"{name} {num_gpus} {num_tokens}: {peak / GIB:.2f} GiB, {seconds:.0f} s", file=sys.stderr)
+    return peak
+
+
+def simulate_command(command: Command) -> Case:
+    """Simulate what is not arithmetic, and make the budget of a command with it."""
+    args = train_online.make_parser().parse_args(command.flags.split())
+    lora.check(args.lora_rank, args.offload_ref)
+    per_machine = min(command.gpus, GPUS_PER_MACHINE)
+    num_machines = command.gpus // per_machine
+    setup = memory_budget.make_setup(args, per_machine, num_machines, LONGEST)
+    size = memory_budget.model_size(make_config(command.shape))
+    computed = memory_budget.make_budget(size, setup, command.card_gb * GB)
+    # A third machine changes no byte of a GPU, so two stand for all (a test shows it).
+    num_gpus = min(command.gpus, 2 * GPUS_PER_MACHINE)
+    tokens = args.micro_batch_tokens
+    peak = simulate_once(
+        command.shape, num_gpus, tokens, args.gradient_checkpointing, args.lora_rank
     )
-
-
-def simulate_all(args: argparse.Namespace) -> list[Case]:
-    """Simulate every shape on every number of GPUs, and once without checkpointing."""
-    wanted = []
-    for name in args.shapes:
-        wanted += [(name, num_gpus, True) for num_gpus in args.gpus]
-        wanted.append((name, detailed_gpus(args.gpus), False))
-    cases = []
-    simulated = {}
-    for name, num_gpus, checkpointing in wanted:
-        # A third replica changes no byte of a GPU, so two stand for all (a test shows it).
-        key = (name, min(num_gpus, 2 * GPUS_PER_MACHINE), checkpointing)
-        if key not in simulated:
-            start = time.perf_counter()
-            simulated[key] = simulate(key[0], key[1], args.tokens, checkpointing)
-            seconds = time.perf_counter() - start
-            print(f"{key}: {simulated[key] / GIB:.2f} GiB, {seconds:.0f} s", file=sys.stderr)
-        case = make_case(
-            name,
-            num_gpus,
-            args.tokens,
-            checkpointing,
-            simulated[key],
-            args.offload_ref,
-            args.tensor_parallel_size,
-        )
-        cases.append(case)
-    return cases
-
-
-def detailed_gpus(gpus: list[int]) -> int:
-    """Choose the number of GPUs whose parts are shown: a whole machine, if it is asked for."""
-    return max((n for n in gpus if n <= GPUS_PER_MACHINE), default=gpus[0])
+    activations = peak - computed.weights - computed.gradients
+    budget = computed._replace(activations=activations)
+    return Case(command, size.parameters, budget, computed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,7 +336,7 @@ def check_simulation() -> list[Check]:
             1,
             CHECKED_TOKENS,
             checkpointing,
-            torch.float32,
+            compute_dtype=torch.float32,
             num_hidden_layers=CHECKED_LAYERS,
         )
         simulated = trainer + adamw
@@ -350,75 +358,58 @@ def format_table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def format_peak(case: Case) -> str:
-    """Write a peak; one that does not fit the card is marked."""
+    """Write the peak while training; it is marked if the run does not fit."""
     mark = "" if case.fits else "✗ "
-    return f"{mark}{case.peak_gib:.1f}"
+    return f"{mark}{case.budget.training / GIB:.1f}"
 
 
-def format_cache(case: Case) -> str:
-    """Write the tokens of KV cache, in thousands."""
-    return f"{case.kv_tokens / 1e3:,.0f}k" if case.fits else "✗"
-
-
-def format_parts(case: Case, without_checkpointing: Case) -> list[str]:
-    """Write the parts of a peak, as the third table has them."""
-    states = 16 * case.parameters / min(case.gpus, GPUS_PER_MACHINE) / GIB
-    rest = case.trainer_gib + case.adamw_gib - states
-    numbers = [case.parameters / 1e9, states, case.ref_gib, case.engine_gib, rest]
-    cells = [f"{number:.2f}" for number in numbers]
-    return [case.shape, *cells, format_peak(case), format_peak(without_checkpointing)]
-
-
-def describe(cases: list[Case], args: argparse.Namespace) -> list[str]:
-    """Write three tables: peaks, KV caches, and the parts of a peak."""
-    peaks = []
-    caches = []
-    parts = []
-    detailed = detailed_gpus(args.gpus)
-    for name in args.shapes:
-        of_shape = [case for case in cases if case.shape == name]
-        row = [case for case in of_shape if case.checkpointing]
-        (plain,) = [case for case in of_shape if not case.checkpointing]
-        peaks.append([name, *map(format_peak, row)])
-        caches.append([name, *map(format_cache, row)])
-        for case in row:
-            if case.gpus == detailed:
-                parts.append(format_parts(case, plain))
-    head = ["model", *map(str, args.gpus)]
-    title = f"GiB of each GPU, simulated, {args.tokens:,} tokens a micro-batch"
-    ref_place = "CPU" if args.offload_ref else "GPU"
+def describe_peaks(cases: dict[Command, Case]) -> list[str]:
+    """Write the table of peaks: models and numbers of GPUs of 80 GB."""
+    rows = []
+    for name in PEAK_SHAPES:
+        row = [cases[Command(name, num_gpus, 80, PLAIN)] for num_gpus in PEAK_GPUS]
+        row.append(cases[Command(name, GPUS_PER_MACHINE, 80, "")])
+        rows.append([name, *map(format_peak, row)])
+    head = ["model", *map(str, PEAK_GPUS), f"{GPUS_PER_MACHINE}, without checkpointing"]
     return [
-        f"Peak while training, {title}, checkpointing on, engines of {args.tensor_parallel_size} "
-        f"GPU, the reference on the {ref_place}",
-        f"Columns: GPUs, {GPUS_PER_MACHINE} a machine. ✗: not on a card of 80 GB "
-        f"({CARD / GIB:.1f} GiB)",
+        "Peak while training, GiB of each GPU, simulated, 8,192 tokens a micro-batch, with "
+        "checkpointing",
+        f"Columns: GPUs, {GPUS_PER_MACHINE} a machine. ✗: does not fit on cards of 80 GB, with a "
+        "reserve",
         "",
-        *format_table(head, peaks),
-        "",
-        "Tokens of KV cache that fit beside it while an engine samples, thousands",
-        "",
-        *format_table(head, caches),
-        "",
-        f"The parts on {detailed} GPUs, {title}",
-        "",
-        *format_table(
-            [
-                "model",
-                "parameters (10⁹)",
-                "weights, gradients, AdamW",
-                "reference",
-                "engine",
-                "activations, buffers",
-                "peak",
-                "peak without checkpointing",
-            ],
-            parts,
-        ),
+        *format_table(head, rows),
     ]
 
 
+def describe_cases(cases: list[Case]) -> list[str]:
+    """Write a row for each command, with its parts."""
+    rows = []
+    for case in cases:
+        budget = case.budget
+        states = budget.weights + budget.gradients + budget.optimizer
+        parts = (states, budget.reference, budget.activations, budget.engine, budget.cache)
+        numbers = (*parts, budget.training, budget.peak)
+        rows.append(
+            [
+                f"{case.command.gpus} x {case.command.card_gb} GB",
+                case.command.shape,
+                case.command.flags,
+                *(f"{number / GIB:.1f}" for number in numbers),
+                "yes" if budget.sleep_mode else "no",
+                "yes" if case.fits else "✗",
+                f"{case.computed.training / budget.training:.3f}",
+            ]
+        )
+    head = ["cards", "model", "flags", "weights, gradients, AdamW", "reference", "activations"]
+    head += ["engine", "cache", "training", "peak with reserve", "sleep mode", "fits"]
+    head.append("computed / simulated")
+    return ["GiB of each GPU, for these flags of train_online.py", "", *format_table(head, rows)]
+
+
 def describe_checks(checks: list[Check]) -> list[str]:
-    """Write the table of the check."""
+    """Write the table of the check, if it was made."""
+    if not checks:
+        return []
     rows = []
     for row in checks:
         setting = "on" if row.checkpointing else "off"
@@ -437,31 +428,18 @@ def describe_checks(checks: list[Check]) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line; UserError for a shape or a number of GPUs that cannot be."""
+def parse_args() -> tuple[argparse.Namespace, str]:
+    """Read this experiment's flags; return them, and the rest, which are train_online.py's."""
     parser = command_line.new_parser(__doc__.splitlines()[0], "")
-    parser.add_argument(
-        "--shapes", default=",".join(SHAPES), help="models, separated by commas; 7b will do"
-    )
-    parser.add_argument(
-        "--gpus", default="1,2,4,8,16,64", help="numbers of GPUs, separated by commas"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=command_line.positive_integer,
-        default=8192,
-        help="tokens per forward pass and GPU",
-    )
-    parser.add_argument("--offload-ref", action="store_true", help="the reference in CPU memory")
-    parser.add_argument(
-        "--tensor-parallel-size",
-        type=command_line.positive_integer,
-        default=1,
-        help="GPUs per engine",
-    )
-    parser.add_argument("--no-check", action="store_true", help="leave out the run on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder")
-    args = parser.parse_args()
+    add = parser.add_argument
+    positive_integer = command_line.positive_integer
+    add("--shapes", help="models, separated by commas; 7b will do; by default all tables")
+    add("--gpus", default="1", help="with --shapes: numbers of GPUs, separated by commas")
+    add("--card", type=positive_integer, default=80, help="with --shapes: GB of a card")
+    add("--no-check", action="store_true", help="leave out the run on the CPU")
+    add("--results", type=Path, default=Path("experiments/results"), help="folder")
+    args, flags = parser.parse_known_args()
+    train_online.make_parser().parse_args(flags)  # exits if they are none of its flags
     try:
         args.gpus = [int(number) for number in args.gpus.split(",")]
     except ValueError as error:
@@ -469,20 +447,29 @@ def parse_args() -> argparse.Namespace:
     for number in args.gpus:
         if number < 1 or (number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE != 0):
             raise UserError(f"{number} GPUs are not whole machines of {GPUS_PER_MACHINE}")
-    args.shapes = [full_name(name) for name in args.shapes.split(",")]
-    return args
+    if args.shapes is not None:
+        args.shapes = [full_name(name) for name in args.shapes.split(",")]
+    return args, shlex.join(flags)
 
 
 def main() -> None:
     """Simulate, check, print, and keep the log and the numbers."""
-    args = parse_args()
+    args, flags = parse_args()
     start = time.perf_counter()
-    cases = simulate_all(args)
-    checks = [] if args.no_check else check_simulation()
     command = shlex.join(["python", "-m", "experiments.memory", *sys.argv[1:]])
-    log = [f"$ {command}", "", *describe(cases, args)]
-    if checks:
-        log += describe_checks(checks)
+    log = [f"$ {command}", ""]
+    if args.shapes is None:
+        wanted = [Command(name, n, 80, PLAIN) for name in PEAK_SHAPES for n in PEAK_GPUS]
+        wanted += [Command(name, GPUS_PER_MACHINE, 80, "") for name in PEAK_SHAPES]
+        cases = {wish: simulate_command(wish) for wish in (*CARDS, *wanted)}
+        log += describe_peaks(cases)
+        log += ["", *describe_cases([cases[wish] for wish in CARDS])]
+    else:
+        wanted = [Command(name, n, args.card, flags) for name in args.shapes for n in args.gpus]
+        cases = {wish: simulate_command(wish) for wish in wanted}
+        log += describe_cases(list(cases.values()))
+    checks = [] if args.no_check else check_simulation()
+    log += describe_checks(checks)
     seconds = time.perf_counter() - start
     cpu_seconds = sum(os.times()[:4])
     log += [
@@ -493,12 +480,23 @@ def main() -> None:
     print("\n".join(log))
     data = {
         "command": command,
-        "card_gib": CARD / GIB,
-        "cases": [case._asdict() for case in cases],
+        "cases": [as_json(case) for case in cases.values()],
         "check": [row._asdict() for row in checks],
     }
-    write_text(args.out / "memory.txt", "\n".join(log) + "\n")
-    write_json(args.out / "memory.json", data)
+    write_text(args.results / "memory.txt", "\n".join(log) + "\n")
+    write_json(args.results / "memory.json", data)
+
+
+def as_json(case: Case) -> dict[str, Any]:
+    """Write a case with its budgets in bytes."""
+    budget = case.budget
+    return {
+        **case.command._asdict(),
+        "parameters": case.parameters,
+        "simulated": budget._asdict() | {"training": budget.training, "peak": budget.peak},
+        "computed": case.computed._asdict() | {"training": case.computed.training},
+        "fits": case.fits,
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory simulation: published shapes, and what must save memory does."""
 
 import functools
-from types import SimpleNamespace
+import sys
 
 import pytest
 
@@ -56,45 +56,67 @@ def test_memory_is_linear_in_tokens():
     assert peak(num_tokens=4096) - peak() < logits / 5
 
 
-def test_a_case_adds_what_is_not_simulated():
+def test_adapters_need_less_and_the_frozen_weights_are_bf16():
+    """2 bytes a parameter, and next to nothing for gradients. It takes peft."""
+    pytest.importorskip("peft")
+    count = memory.count_parameters(memory.make_config("0.5b", num_hidden_layers=2))
+    adapted = memory.simulate("0.5b", 1, 16, True, lora_rank=4, num_hidden_layers=2)
+    assert 2 * count < adapted < peak(num_gpus=1, num_tokens=16) - 4 * count
+
+
+@pytest.fixture
+def fixed_peak(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let every simulation return 16 GiB, and note what was simulated."""
+    gib = 16 * memory.GIB
+    monkeypatch.setattr(memory, "simulate_once", lambda *arguments: gib)
+    return gib
+
+
+def test_a_case_adds_what_is_not_simulated(fixed_peak: int):
     """7.6e9 parameters on 8 GPUs: AdamW 8 bytes, the reference 2, the engine 2 and unsharded."""
-    options = {"num_tokens": 8192, "checkpointing": True, "trainer": 10 * 2**30}
-    case = memory.make_case("qwen2.5-7b", 8, **options, offload_ref=False, tensor_parallel=1)
+    case = memory.simulate_command(memory.Command("qwen2.5-7b", 8, 80, ""))
     count = case.parameters
-    assert case.peak_gib == pytest.approx(10 + (count + count / 4 + 2 * count) / 2**30)
-    # 28 layers, 4 KV heads of 128, keys and values of 2 bytes: 57,344 bytes a token. While the
-    # engine samples, 4 + 8 + 2 bytes a parameter are sharded over the GPUs.
-    room = 80e9 - 14 * count / 8 - 2 * count
+    known = 8 * count / 8 + 2 * count / 8 + 2 * count
+    assert case.budget.training == pytest.approx(fixed_peak + known, abs=64)
     assert case.fits
-    assert case.kv_tokens == int(room / 57_344)
-
-    offloaded = memory.make_case("qwen2.5-7b", 8, **options, offload_ref=True, tensor_parallel=1)
-    assert case.peak_gib - offloaded.peak_gib == pytest.approx(case.ref_gib)
-    alone = memory.make_case("qwen2.5-32b", 1, **options, offload_ref=True, tensor_parallel=1)
-    assert not alone.fits
-    assert alone.kv_tokens == 0
+    flags = "--offload-ref --tensor-parallel-size 2"
+    less = memory.simulate_command(memory.Command("qwen2.5-7b", 8, 80, flags))
+    assert case.budget.training - less.budget.training == pytest.approx(1.25 * count, abs=64)
+    assert not memory.simulate_command(memory.Command("qwen2.5-7b", 8, 24, "")).fits
 
 
-def test_tables_mark_what_does_not_fit():
-    args = SimpleNamespace(
-        shapes=["qwen2.5-7b"],
-        gpus=[1, 8],
-        tokens=8192,
-        tensor_parallel_size=1,
-        offload_ref=False,
-    )
-    cases = []
-    for num_gpus, gib, checkpointing in ((1, 66, True), (8, 16, True), (8, 61, False)):
-        cases.append(
-            memory.make_case(
-                "qwen2.5-7b", num_gpus, 8192, checkpointing, gib * memory.GIB, False, 1
-            )
-        )
-    rows = [line for line in memory.describe(cases, args) if line.startswith("| qwen")]
-    peaks, caches, parts = rows
-    assert peaks == "| qwen2.5-7b | ✗ 151.1 | 39.1 |"
-    assert caches == "| qwen2.5-7b | ✗ | 897k |"
-    assert parts.endswith("| 39.1 | ✗ 84.1 |")
+def test_flags_reach_the_simulation(monkeypatch: pytest.MonkeyPatch):
+    """The memory in the documents is of the very flags that stand beside it."""
+    simulated = []
+    monkeypatch.setattr(memory, "simulate_once", lambda *a: simulated.append(a) or 2**34)
+    monkeypatch.setattr(memory.lora, "check", lambda *a: None)
+    flags = "--gradient-checkpointing --micro-batch-tokens 4096 --lora-rank 8"
+    memory.simulate_command(memory.Command("qwen2.5-1.5b", 64, 80, flags))
+    memory.simulate_command(memory.Command("qwen2.5-1.5b", 1, 80, ""))
+    assert simulated[0] == ("qwen2.5-1.5b", 16, 4096, True, 8), "two machines stand for all"
+    assert simulated[1] == ("qwen2.5-1.5b", 1, 8192, False, 0)
+
+
+def test_tables_mark_what_does_not_fit(fixed_peak: int):
+    commands = [memory.Command("qwen2.5-7b", n, card, "") for n, card in ((8, 80), (8, 40))]
+    cases = [memory.simulate_command(command) for command in commands]
+    fits, too_large = (line for line in memory.describe_cases(cases) if line.startswith("| 8 x"))
+    assert "| yes |" in fits and "✗" not in fits
+    assert "✗" in too_large
+    assert memory.format_peak(cases[0]) == "39.1"
+    assert memory.format_peak(cases[1]) == "✗ 39.1"
+
+
+def test_what_is_no_flag_of_either_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
+    arguments = ["memory", "--shapes", "7b", "--gpus", "8", "--gradient-checkpointing"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    args, flags = memory.parse_args()
+    assert args.shapes == ["qwen2.5-7b"] and args.gpus == [8]
+    assert flags == "--gradient-checkpointing"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--no-such-flag"])
+    with pytest.raises(SystemExit):
+        memory.parse_args()
+    assert "--no-such-flag" in capsys.readouterr().err
 
 
 def test_an_unknown_shape_is_named():
