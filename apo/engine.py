@@ -237,7 +237,11 @@ def release_cache(llm: Any) -> None:
 
 def restore_cache(llm: Any) -> None:
     """Take the memory of the KV cache back, and let the scheduler run. Only in sleep mode."""
+    import torch
+
     if has_sleep_mode(llm):
+        # The engine takes it from the driver, so torch must give back what it no longer uses.
+        torch.cuda.empty_cache()
         llm.wake_up(tags=["kv_cache"])
 
 
