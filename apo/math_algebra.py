@@ -154,6 +154,6 @@ def in_grammar(text: str) -> str:
 
 def rename_symbol(found: re.Match) -> str:
     """Return x_1 as a variable whose name is v and the code of x_1; e, i and \\sin stay."""
-    if found[0] in ("e", "i") or found[1].removeprefix("\\") in FUNCTIONS.split():
+    if found[0] in ("e", "i") or found[1].removeprefix("\\") in FUNCTIONS:
         return found[0]
     return r"\variable{v" + re.sub("[ {}]", "", found[0]).encode().hex() + "}"

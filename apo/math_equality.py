@@ -219,15 +219,16 @@ def is_close(gold: str, pred: str, a: Fraction, b: Fraction) -> bool:
 
 
 # The commands that the parser understands, and those that are symbols. All others are text.
-FUNCTIONS = """
+FUNCTION_NAMES = """
     frac sqrt cdot times binom sin cos tan sec csc cot sinh cosh tanh arcsin arccos arctan log ln
     exp lfloor rfloor lceil rceil max min gcd sum circ pi
 """
-SYMBOLS = """
+SYMBOL_NAMES = """
     alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi
     omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell partial nabla bar hat tilde dot vec
 """
-KNOWN_COMMANDS = {*FUNCTIONS.split(), *SYMBOLS.split()}
+FUNCTIONS = set(FUNCTION_NAMES.split())
+SYMBOLS = set(SYMBOL_NAMES.split())
 
 
 def is_text(text: str) -> bool:
@@ -236,7 +237,7 @@ def is_text(text: str) -> bool:
     has_other_sign = re.search(r"""[:#∞%≡≠<>≤≥~$"]""", text)
     # 1 2, the point A1, and ABCD alone or at one side of an equation.
     has_other_name = re.search(r"\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
-    is_known = commands <= KNOWN_COMMANDS
+    is_known = commands <= FUNCTIONS | SYMBOLS
     if not text or not is_known or has_other_sign or has_other_name:
         return True
     return is_too_large(text)
@@ -252,7 +253,7 @@ def is_too_large(text: str) -> bool:
 def symbols(text: str) -> set[str]:
     """Return the letters of an expression except e, i and pi."""
     found = set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text))
-    return found - {"e", "i"} - {"\\" + name for name in FUNCTIONS.split()}
+    return {name for name in found if name.removeprefix("\\") not in FUNCTIONS | {"e", "i"}}
 
 
 def has_one_irrational(gold: str, pred: str) -> bool:

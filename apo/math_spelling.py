@@ -56,6 +56,8 @@ NAME = table(NAMES) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
 
 def expand_characters(text: str) -> str:
     """Write characters that LaTeX has commands for as LaTeX: ½ is \\frac12, and x²⁰ is x^{20}."""
+    if text.isascii():
+        return text
     for sign, characters in (("^", RAISED), ("_", LOWERED)):
         run = f"([{''.join(characters)}]+)"
         text = re.sub(run, sign + r"{\1}", text).translate(str.maketrans(characters))
@@ -289,6 +291,8 @@ MIRRORED = {">": "<", "≥": "≤"}
 def read_inequality(text: str) -> str:
     """Return 2<x as (2,∞), 3≥x>1 as (1,3] and |x|<1 as (-(1),1); b>a becomes a<b."""
     parts = re.split("([<>≤≥])", text)  # 3, ≥, x, > and 1
+    if len(parts) == 1:
+        return text
     if "<" not in parts and "≤" not in parts:
         parts = [MIRRORED.get(part, part) for part in reversed(parts)]
     bounds = add_bounds(parts)

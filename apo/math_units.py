@@ -21,7 +21,7 @@ for row in UNIT_TABLE.split(";"):
     for word in row.split():
         UNITS[word] = row.split()[0]
 # With one of these words a number is another number, or not one number any more.
-NO_UNIT = """
+NO_UNIT_WORDS = """
     dozen score hundred thousand million billion trillion quadrillion quintillion lakh crore
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth
     millionth billionth trillionth square squared cubed factorial power exponent base root inverse
@@ -29,6 +29,7 @@ NO_UNIT = """
     tripled halved twice repeating recurring to or and not is if but only else more less least most
     than about approx approximately roughly nearly maybe below above
 """
+NO_UNIT = set(NO_UNIT_WORDS.split())
 # A unit at the end of a text.
 UNIT = re.compile(
     r"""(?:
@@ -57,7 +58,7 @@ def split_unit(text: str) -> tuple[str, str]:
     for name in unit_words(found[0]):
         singular = name.removesuffix("s")
         known = UNITS.get(name) or UNITS.get(singular)
-        if known is None and (name in NO_UNIT.split() or singular in NO_UNIT.split()):
+        if known is None and (name in NO_UNIT or singular in NO_UNIT):
             return text, ""
         names.append(known or singular)
     # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.

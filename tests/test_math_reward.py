@@ -515,6 +515,20 @@ def worker_pids() -> list[int]:
     return found
 
 
+def test_workers_start_in_any_directory_and_stay_light(tmp_path: Path) -> None:
+    code = r"""
+import sys
+from apo import math_algebra, math_reward
+assert math_reward.grade([r"\boxed{y+x}"], ["x+y"]) == [1.0]
+# What a worker imports when it starts, and when it computes.
+assert math_algebra.by_algebra("x+y", "y+x")
+assert not {"torch", "vllm", "transformers"} & set(sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env=environment)
+
+
 def test_results_come_in_order() -> None:
     answers = [str(n) if n % 3 else rf"\sqrt{{{n * n}}}" for n in range(90)]
     responses = [boxed(str(n if n % 2 else n + 1)) for n in range(90)]
