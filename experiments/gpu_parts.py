@@ -59,13 +59,21 @@ def host(work: Path) -> dict[str, Any]:
     }
     if ON_GPU:
         engine.check_gpus(torch.cuda.device_count())
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used"]
-        smi = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-        figures["nvidia_smi"] = smi.stdout.strip()
+        figures["nvidia_smi"] = ask_nvidia_smi()
         figures["cuda"] = torch.version.cuda
         figures["capability"] = torch.cuda.get_device_capability()
         figures["gpu_gib"] = torch.cuda.mem_get_info()[1] / GIB
     return figures
+
+
+def ask_nvidia_smi() -> str | None:
+    """Return the GPU's name, its driver, and its memory, all of it and what is in use."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = "--query-gpu=name,driver_version,memory.total,memory.used"
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.strip()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,38 +82,54 @@ def host(work: Path) -> dict[str, Any]:
 
 def largest_error(values: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference, relative to the largest value of its tensor."""
-    error = 0.0
-    for a, b in zip(values, expected, strict=True):
-        error = max(error, ((a.float() - b).abs().max() / b.abs().max()).item())
-    return error
+    errors = []
+    for value, exact in zip(values, expected, strict=True):
+        difference = (value.float() - exact).abs().max()
+        errors.append((difference / exact.abs().max()).item())
+    return max(errors)
 
 
 def attention(work: Path) -> dict[str, Any]:
     """Compare packed_attention with plain attention in float32, forward and backward."""
     lengths = [5, 700, 1, 300, 1042] if ON_GPU else [5, 30, 1, 7]
     figures = {}
+    # The heads of Qwen2.5-0.5B, 1.5B and 7B.
     for heads, kv_heads, head_size in ((14, 2, 64), (12, 2, 128), (28, 4, 128)):
-        torch.manual_seed(0)
-        inputs = []
-        for count in (heads, kv_heads, kv_heads):
-            tensor = torch.randn(1, count, sum(lengths), head_size, device=DEVICE)
-            inputs.append(tensor.to(COMPUTE_DTYPE).requires_grad_())
-        bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-        upstream = torch.randn(1, sum(lengths), heads, head_size, device=DEVICE)
-        scale = head_size**-0.5
-        out, _ = policy.packed_attention(
-            None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=max(lengths), scaling=scale
-        )
-        out.backward(upstream.to(out.dtype))
-        plain_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
-        expected = plain_attention(*plain_inputs, lengths, scale)
-        expected.backward(upstream.to(out.dtype).float())
-        ours = [out, *(tensor.grad for tensor in inputs)]
-        theirs = [expected, *(tensor.grad for tensor in plain_inputs)]
-        figures[f"error_{heads}_{kv_heads}_{head_size}"] = largest_error(ours, theirs)
+        error = compare_attention(lengths, heads, kv_heads, head_size)
+        figures[f"error_{heads}_{kv_heads}_{head_size}"] = error
+    # bf16 has 8 significant bits.
     limit = 2e-2 if ON_GPU else 1e-5
     assert max(figures.values()) < limit, figures
     return figures
+
+
+def compare_attention(lengths: list[int], heads: int, kv_heads: int, head_size: int) -> float:
+    """Return the largest error of the attention's result and of its three gradients."""
+    torch.manual_seed(0)
+    num_tokens = sum(lengths)
+    inputs = []
+    for count in (heads, kv_heads, kv_heads):
+        tensor = torch.randn(1, count, num_tokens, head_size, device=DEVICE)
+        inputs.append(tensor.to(COMPUTE_DTYPE).requires_grad_())
+    upstream = torch.randn(1, num_tokens, heads, head_size, device=DEVICE).to(COMPUTE_DTYPE)
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    scale = head_size**-0.5
+
+    out, _ = policy.packed_attention(
+        None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=max(lengths), scaling=scale
+    )
+    out.backward(upstream)
+    # The same numbers, as float32.
+    exact_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    exact = plain_attention(*exact_inputs, lengths, scale)
+    exact.backward(upstream.float())
+
+    values = [out]
+    expected = [exact]
+    for tensor, exact_tensor in zip(inputs, exact_inputs, strict=True):
+        values.append(tensor.grad)
+        expected.append(exact_tensor.grad)
+    return largest_error(values, expected)
 
 
 def plain_attention(
@@ -116,10 +140,14 @@ def plain_attention(
     key = key.repeat_interleave(repeats, dim=1)
     value = value.repeat_interleave(repeats, dim=1)
     outputs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        scores = q @ k.transpose(2, 3) * scale
+    end = 0
+    for length in lengths:
+        start = end
+        end += length
+        scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        outputs.append(scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v)
+        chances = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        outputs.append(chances @ value[:, :, start:end])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -193,11 +221,16 @@ def cache(work: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     num_tokens = sum(len(response.ids) for response in first)
     before = used_gib()
+    # It drains the engine first.
     engine.release_cache(llm)
     released = before - used_gib()
     engine.restore_cache(llm)
+
+    # The pages of the new cache hold whatever was in memory.
     second = sample_some(llm)
-    equal = sum(a.ids == b.ids for a, b in zip(first, second, strict=True))
+    equal = 0
+    for response, again in zip(first, second, strict=True):
+        equal += response.ids == again.ids
     figures = {
         "tokens_per_second": num_tokens / seconds,
         "released_gib": released if ON_GPU else "skipped: needs a GPU",
@@ -218,6 +251,7 @@ def weights(work: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in changed.parameters():
+            # There is one rank, so its slice is the whole weight.
             local = parameter.to_local()
             local.add_(torch.randn_like(local) * local.std() / 2)
     stale = mean_gap(changed, sample_some(llm))
