@@ -90,10 +90,13 @@ class _Float32Product(torch.autograd.Function):
         return hidden.float() @ weight.float().t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden, weight = ctx.saved_tensors
         grad = grad.to(hidden.dtype)
-        return grad @ weight, grad.t() @ hidden
+        weight_grad = None
+        if ctx.needs_input_grad[1]:  # not if the head is frozen
+            weight_grad = grad.t() @ hidden
+        return grad @ weight, weight_grad
 
 
 def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
