@@ -1,6 +1,7 @@
 """The machinery behind the three stages. A first reader can leave this folder closed."""
 
 import importlib.util
+import os
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - this is what says so
@@ -15,3 +16,6 @@ for _library in ("torch", "transformers", "vllm", "datasets", "tqdm", "math_veri
             file=sys.stderr,
         )
         sys.exit(2)
+
+# Hugging Face's libraries read this when they are imported. Their bars would hide our own lines.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

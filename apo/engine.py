@@ -46,7 +46,6 @@ ENVIRONMENT = {
     # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # After a stop signal torchrun kills its ranks in so many seconds; by default 30. Stage 2 needs
     # the time of a step and a checkpoint.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
