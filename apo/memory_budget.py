@@ -175,7 +175,7 @@ def activations(size: ModelSize, setup: Setup) -> int:
     # three times. The last norm keeps four states; the rotary positions are the same in all layers.
     chunk = 3 * 4 * CHUNK * size.vocabulary
     head_gradient = 2 * size.vocabulary * size.hidden
-    logits = max(chunk, 2 * head_gradient)
+    logits = chunk
     if all_trained:
         logits = max(chunk + head_gradient, 3 * head_gradient)
     rotary = 4 * tokens * size.head_size

@@ -96,6 +96,17 @@ def test_the_budget_agrees_with_the_simulation(
     assert computed == pytest.approx(simulated - states, rel=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_with_adapters_it_agrees_as_well(checkpointing: bool):
+    pytest.importorskip("peft")
+    size = size_of("1.5b", 3)
+    setup = PUBLISHED._replace(gradient_checkpointing=checkpointing, lora_rank=16)
+    simulated = memory.simulate("1.5b", 8, 8192, checkpointing, lora_rank=16, num_hidden_layers=3)
+    budget = memory_budget.make_budget(size, setup, CARD)
+    activations = simulated - budget.weights - budget.gradients
+    assert budget.activations == pytest.approx(activations, rel=0.05)
+
+
 def test_two_machines_need_more_than_one():
     """Small states and large layers: at the last layer all reduced gradients are there."""
     size = size_of("7b", 6)
