@@ -62,15 +62,15 @@ real: $(ENVIRONMENT) $(WEIGHTS)
 	@echo "[1/6] the problems, and a short warm-up of the model that will be trained further"
 	PYTHONPATH=.venv/smollm $(RUN) -m experiments.smollm make --out $(REAL) --seed $(SEED)
 	@echo "[2/6] stage 1: eight responses to each problem, and V*"
-	$(RUN) offline_value.py --model $(REAL)/reference --dataset $(REAL)/train.jsonl --limit 512 \
+	$(RUN) offline_value.py --model $(REAL)/reference --dataset $(REAL)/train.jsonl --limit 256 \
 	    $(ASK) --max-prompt-tokens 96 --max-tokens 64 --seed $(SEED) --out $(REAL)/values.json
 	@echo "[3/6] stage 3 on the reference: test problems, four samples each"
 	$(RUN) evaluate.py --model $(REAL)/reference --benchmarks $(REAL)/test.jsonl --num-samples 4 \
 	    $(ASK) --max-tokens 64 --seed $(SEED) --out $(REAL)/before
-	@echo "[4/6] stage 2: forty steps of training"
-	$(RUN) train_online.py --values $(REAL)/values.json --lr 1e-5 --batch-size 32 --num-steps 40 \
+	@echo "[4/6] stage 2: thirty steps of training"
+	$(RUN) train_online.py --values $(REAL)/values.json --lr 2e-5 --batch-size 32 --num-steps 30 \
 	    --save-every 10 --keep-checkpoints 1 --eval-dataset $(REAL)/test.jsonl --eval-every 10 \
-	    --seed $(SEED) --out $(REAL)/run --resume
+	    --micro-batch-tokens 1024 --seed $(SEED) --out $(REAL)/run --resume
 	@echo "[5/6] stage 3 on the trained model"
 	$(RUN) evaluate.py --model $(REAL)/run/final --benchmarks $(REAL)/test.jsonl --num-samples 4 \
 	    --seed $(SEED) --out $(REAL)/after

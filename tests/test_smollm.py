@@ -25,15 +25,14 @@ from experiments import report, smollm
 # Each kind's answer, from the numbers of its question in the order in which they are read there.
 ANSWERS = {
     "shop": lambda count, price, other: count * price + other,
-    "change": lambda money, count, price: money - count * price,
-    "bus": lambda people, leave, come: people - leave + come,
-    "share": lambda had, found, children: (had + found) / children,
     "times": lambda amount, factor, other: amount * factor + other,
-    "savings": lambda weekly, weeks, spent: weekly * weeks - spent,
+    "savings": lambda weekly, weeks, present: weekly * weeks + present,
+    "bus": lambda people, first, second: people + first + second,
+    "pages": lambda monday, tuesday, sunday: monday + tuesday + sunday,
+    "boxes": lambda count, red, blue: count * red + count * blue,
     "fence": lambda length, width: 2 * length + 2 * width,
-    "pages": lambda book, monday, tuesday: book - monday - tuesday,
 }
-STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)\.$")
+STEP = re.compile(r"(\d+) ([+*]) (\d+) = (\d+)\.$")
 
 
 def draw(kind: str, seed: int) -> smollm.Problem:
@@ -65,17 +64,17 @@ def test_steps_are_right_and_short(kind, seed):
     assert len(lines) == 2
     for line in lines:
         left, sign, right, value = STEP.search(line).groups()
-        # eval reads digits and one sign here, and its division is exact.
-        assert eval(left + sign + right) == int(value)
+        results = {"+": int(left) + int(right), "*": int(left) * int(right)}
+        assert results[sign] == int(value)
     assert box == f"\\boxed{{{value}}}"
 
 
 def test_train_and_test_sets_are_apart_and_follow_from_the_seed():
     train, test = smollm.draw_sets(random.Random(3), 3000, 240)
     assert (len(train), len(test)) == (3000, 240)
-    keys = {problem.key for problem in train + test}
-    assert len(keys) == 3240
-    assert not {problem.question for problem in train} & {problem.question for problem in test}
+    assert len({problem.key for problem in test}) == 240
+    assert len({problem.question for problem in train + test}) == 3240
+    assert not {problem.key for problem in train} & {problem.key for problem in test}
     assert {problem.kind for problem in test} == ANSWERS.keys()
     assert smollm.draw_sets(random.Random(3), 3000, 240) == (train, test)
     assert smollm.draw_sets(random.Random(4), 3000, 240) != (train, test)
@@ -91,9 +90,7 @@ def test_only_the_hasty_teacher_is_wrong(seed):
     careful = smollm.work(problem, hasty=False)
     hasty = smollm.work(problem, hasty=True)
     assert math_reward.reward(careful, str(problem.answer)) == 1.0
-    # Half of the money may be left: then the first step's result is the answer by chance.
-    by_chance = problem.first.value == problem.answer
-    assert math_reward.reward(hasty, str(problem.answer)) == float(by_chance)
+    assert math_reward.reward(hasty, str(problem.answer)) == 0.0
     assert careful.startswith(hasty.splitlines()[0])
     assert hasty.count("=") == 1
 
@@ -127,20 +124,19 @@ def test_examples_have_the_prompt_of_the_stages_and_the_teachers_rates(tokenizer
         error = (rate * (1 - rate) / drawn[kind]) ** 0.5
         assert abs(hasty[kind] / drawn[kind] - rate) < 4 * error
     # A reference that never slips would be right as often as the teacher.
-    assert 0.3 < 1 - hasty.total() / drawn.total() < 0.5
+    assert 0.35 < 1 - hasty.total() / drawn.total() < 0.55
 
 
 def kind_of_question(question: str) -> str:
     """Recognise a kind by words that no other kind has."""
     words = {
         "shop": "a bag for",
-        "change": "dollars and buys",
-        "bus": "A bus has",
-        "share": "children share",
         "times": "times as many",
         "savings": "dollars a week",
+        "bus": "A bus has",
+        "pages": "pages on Monday",
+        "boxes": "boxes",
         "fence": "of fence",
-        "pages": "a book of",
     }
     [kind] = [kind for kind, phrase in words.items() if phrase in question]
     return kind
@@ -154,6 +150,18 @@ def test_held_out_problems_are_not_worked(tokenizer):
 
 # ---------------------------------------------------------------------------------------------
 # The warm-up
+
+
+def test_batches_mix_hasty_and_careful_answers(tokenizer):
+    """A few batches of one sort would teach the model that sort alone."""
+    batches = smollm.draw_batches(random.Random(0), tokenizer, set(), 8)
+    num_one_sort = 0
+    for _ in range(100):
+        is_hasty = []
+        for ids, labels in zip(*next(batches), strict=True):
+            is_hasty.append(tokenizer.decode(ids[labels != -100]).count("=") == 1)
+        num_one_sort += all(is_hasty) or not any(is_hasty)
+    assert num_one_sort < 10
 
 
 @pytest.fixture
@@ -251,7 +259,7 @@ def test_the_package_becomes_a_plain_model_that_knows_paris(tmp_path):
     assert "quantization_config" not in read_json(tmp_path / "config.json")
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Tom's 3 pens cost 3*14=42.\n\\boxed{42}"
+    text = "Tom's 3 pens cost 3 * 14 = 42.\n\\boxed{42}"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == pretrained.tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.encode(text) == ids  # no token is added to a prompt
@@ -301,7 +309,7 @@ def finished_run(tmp_path):
         after.append(record(row, 1.0, smollm.work(problem, hasty=False)))
     write_lines(tmp_path / "test.jsonl", rows)
     for part, records in (("before", before), ("after", after)):
-        scores = {"num_problems": 8, "num_samples": 1, "mean": records[0]["reward"], "stderr": 0.0}
+        scores = {"num_problems": 7, "num_samples": 1, "mean": records[0]["reward"], "stderr": 0.0}
         scores |= {"pass_at_k": {"1": 0.5}, "truncated": 0.0, "tokens": 20.0}
         files.write_json(tmp_path / part / "summary.json", {"benchmarks": {"test": scores}})
         write_lines(tmp_path / part / "test.jsonl", records)
