@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle) -> dict:
-    """Collect all that decides what is sampled and how it is scored.
+    """Collect all that decides what is sampled, how it is scored, and what V* is made of it.
 
     A killed run may continue, and a finished file be used, only if all of it is the same. The
     model's path is not part of it: its content is.

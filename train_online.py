@@ -153,8 +153,8 @@ def update(
                 # Kept for samples.jsonl, too.
                 batch.statistics = {name: x.detach() for name, x in statistics.items()}
                 add_sums(sums, batch, output.detach())
-        # The norm over the weights of all ranks. FSDP's tensors are DTensors: each rank holds its
-        # slice, and full_tensor() puts the slices of all ranks together.
+        # The norm of the gradient, over the slices of all ranks. FSDP's tensors are DTensors: each
+        # rank holds its slice, and full_tensor() puts the slices of all ranks together.
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         grad_norm += norm.full_tensor()
         optimizer.step()
@@ -165,8 +165,8 @@ def update(
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
     metrics["grad_norm"] = grad_norm.item() / len(updates)
-    # So far all are sums. The loop at the end makes means over the sequences of them, so what is a
-    # mean over the tokens is taken before it.
+    # The statistics and logprob_gap are sums so far. kl_per_token comes first, because the loop
+    # makes a mean over the sequences of the log-ratio.
     first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
@@ -243,7 +243,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
         with timed(metrics, "seconds_grade"):
             responses = engine.gather(sampled)
-            # The trainer uses the memory of the engine's KV cache until `restore_cache`.
+            # In sleep mode, the trainer uses the memory of the engine's KV cache from here on.
             engine.release_cache(run.llm)
         for response in responses:
             response.numbers["v_star"] = data.v_star[response.prompt.row["id"]]
@@ -265,8 +265,6 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         # 6. pi_{t+1} into the engine.
         with timed(metrics, "seconds_sync"):
-            # Give torch's unused memory back to the driver, from which the engine takes its own.
-            torch.cuda.empty_cache()
             run.policy.load_into(run.llm)
             engine.restore_cache(run.llm)
 
@@ -376,10 +374,8 @@ def gather_logratios(batches: list[MicroBatch], num_samples: int) -> dict[int, f
         for response, value in zip(batch.responses, batch.statistics["logratio"], strict=True):
             if response.index < num_samples:
                 here[response.index] = value.item()
-    from_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(from_ranks, here)
     everywhere = {}
-    for logratios in from_ranks:
+    for logratios in engine.from_all_ranks(here):
         everywhere.update(logratios)
     return everywhere
 
@@ -446,7 +442,10 @@ def check_metrics(metrics: dict[str, Any], temperature: float) -> None:
 
 
 def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
-    """Save the trained model and shut down; after a signal, leave with its exit code instead."""
+    """Save the trained model unless a signal stopped the run, and shut down.
+
+    After a signal it leaves with the signal's exit code.
+    """
     if not stopped_by:
         folder = Path(args.out, "final")
         # A run may be resumed with fewer steps than it has made.
@@ -480,8 +479,9 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
 
     header = data.values.header
     longest = header["max_prompt_tokens"] + header["max_tokens"]
+    reference = files.model_folder(header["model"])
     # The engine comes first, while no trainer memory is in its way.
-    memory = memory_budget.plan_memory(args, files.model_folder(header["model"]), longest)
+    memory = memory_budget.plan_memory(args, reference, longest)
     llm = engine.start_engine(
         header["model"],
         longest,
@@ -495,7 +495,6 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
     prompts = make_prompts(data.entries, data.values, tokenizer)
     eval_prompts = make_eval_prompts(data, tokenizer)
     problems.check_prompts(prompts + eval_prompts, engine.vocabulary_size(llm), tokenizer)
-    reference = files.model_folder(header["model"])
     responses = self_check.sample_for_check(llm, prompts)
     engine.on_rank_0(self_check.check_model, reference, responses)
 

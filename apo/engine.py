@@ -46,8 +46,8 @@ ENVIRONMENT = {
     # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # After a stop signal torchrun kills its ranks in so many seconds; by default 30. Stage 2 needs
-    # the time of a step and a checkpoint.
+    # After a stop signal torchrun kills its ranks when so many seconds have passed, by default 30.
+    # Stage 2 needs the time of a step and a checkpoint.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
 }
 
@@ -298,7 +298,7 @@ def sample(
 ) -> Iterator[Response]:
     """Sample this rank's share of the requests and start to grade each response.
 
-    Grading runs beside the sampling: `wait_for_reward` gives the result.
+    Grading runs beside the sampling: `wait_for_reward` puts the result into the response.
     """
     for response in generate(llm, requests, temperature, max_tokens, top_p):
         start_grading(response)
@@ -411,24 +411,29 @@ def gather(sampled: list[Response]) -> list[Response]:
 
     Every rank must call it together.
     """
-    import torch
-
     for response in sampled:
         wait_for_reward(response)
-    from_ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(from_ranks, sampled)
     # The ranks of one engine have the same responses; each counts once.
     by_index = {}
-    for responses in from_ranks:
+    for responses in from_all_ranks(sampled):
         for response in responses:
             by_index[response.index] = response
     return [by_index[index] for index in sorted(by_index)]
 
 
+def from_all_ranks(thing: Any) -> list[Any]:
+    """Return what each rank passes, by rank; all ranks call it together."""
+    import torch
+
+    things = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(things, thing)
+    return things
+
+
 # ---------------------------------------------------------------------------------------------
 # Sampling that survives a kill: stages 1 and 3
 
-# So many responses of each engine tell whether the model ends its responses at all.
+# This many responses of each engine tell whether the model ends its responses at all.
 NUM_FIRST = 100
 
 
@@ -464,29 +469,23 @@ def sample_all(
     for record in on_rank_0(read_partial, folder, identity):
         done[record["id"], record["sample"]] = record
 
-    requests = []
-    for prompt in prompts:
-        for number in range(num_samples):
-            if (prompt.row["id"], number) not in done:
-                # Step 0: no training step samples the same.
-                request_seed = response_seed(seed, 0, prompt.row["id"], number)
-                requests.append(Request(prompt, number, request_seed))
-
-    new_records = []
-
-    def save(response: Response) -> None:
-        wait_for_reward(response)
-        record = make_record(response)
-        new_records.append(record)
-        file.write(json.dumps(record, default=str) + "\n")
-        file.flush()
-        progress.update()
+    requests = missing_requests(prompts, num_samples, done, seed)
 
     share = share_of_requests(llm, len(requests))
     first = set(share[:NUM_FIRST]) if must_finish else set()
     ends_of_first = []
     waiting = deque()
+    new_records = []
     with tqdm(total=len(share), unit=" responses", disable=rank > 0) as progress:
+
+        def save(response: Response) -> None:
+            wait_for_reward(response)
+            record = make_record(response)
+            new_records.append(record)
+            file.write(json.dumps(record, default=str) + "\n")
+            file.flush()
+            progress.update()
+
         for response in sample(llm, requests, temperature, max_tokens, top_p):
             if response.index in first:
                 ends_of_first.append(response.finished)
@@ -498,12 +497,24 @@ def sample_all(
             save(waiting.popleft())
     file.close()
 
-    from_ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(from_ranks, new_records)
-    for records in from_ranks:
+    for records in from_all_ranks(new_records):
         for record in records:
             done[record["id"], record["sample"]] = record
     return [done[prompt.row["id"], i] for prompt in prompts for i in range(num_samples)]
+
+
+def missing_requests(
+    prompts: list[Prompt], num_samples: int, done: dict[tuple, dict], seed: int
+) -> list[Request]:
+    """Ask for each sample of each prompt that is not done; `done` is by problem id and sample."""
+    requests = []
+    for prompt in prompts:
+        for number in range(num_samples):
+            if (prompt.row["id"], number) not in done:
+                # Step 0: no training step samples the same.
+                request_seed = response_seed(seed, 0, prompt.row["id"], number)
+                requests.append(Request(prompt, number, request_seed))
+    return requests
 
 
 def check_endings(ends: list[bool], max_tokens: int) -> None:

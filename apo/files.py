@@ -60,7 +60,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Read a file with one JSON object a line. UserError names the line that is none."""
+    """Read a file with one JSON object a line. UserError names the line that is not one."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():

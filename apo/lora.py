@@ -1,7 +1,8 @@
-"""LoRA (--lora-rank R): the weights stay as they are; small adapters beside them are trained.
+"""LoRA (--lora-rank): the weights stay as they are; small adapters beside them are trained.
 
-Every linear layer of the decoder layers gets an adapter, two matrices A (R, in) and B (out, R), and
-computes W x + 2 B A x in place of W x (Hu et al. 2021, arXiv 2106.09685; alpha = 2 R, no dropout).
+Every linear layer of the decoder layers gets an adapter, two matrices A (r, in) and B (out, r), and
+computes W x + 2 B A x in place of W x (Hu et al. 2021, arXiv 2106.09685; alpha = 2 r, no dropout).
+Below, r is called lora_rank: a rank is a process of the run, and R counts response tokens.
 B starts at 0, so that the policy starts as the reference. Embedding, norms, biases and head are not
 trained.
 
@@ -25,19 +26,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from apo.files import UserError
 from apo.policy import COMPUTE_DTYPE, Policy, load_lm, shard, whole
 
-SCALE = 2  # alpha / R: what B A x is multiplied by
+SCALE = 2  # alpha / r: what B A x is multiplied by
 # peft's names of an adapted layer's parts: its own weight, and the two matrices.
 BASE = "base_layer."
 A = "lora_A.default.weight"
 B = "lora_B.default.weight"
 
 
-def check(rank: int, offload_ref: bool) -> None:
+def check(lora_rank: int, offload_ref: bool) -> None:
     """Raise UserError if --lora-rank cannot be used here."""
-    if rank == 0:
+    if lora_rank == 0:
         return
     if importlib.util.find_spec("peft") is None:
-        raise UserError(f"--lora-rank {rank}: install peft first (pip install peft)")
+        raise UserError(f"--lora-rank {lora_rank}: install peft first (pip install peft)")
     if offload_ref:
         raise UserError(
             "--offload-ref has nothing to do with --lora-rank: the reference is no second model"
@@ -100,7 +101,7 @@ class Reference:
 def load_lora_policy(
     reference: Path,
     mesh: DeviceMesh,
-    rank: int,
+    lora_rank: int,
     seed: int,
     checkpoint: Path | None = None,
     gradient_checkpointing: bool = False,
@@ -110,7 +111,7 @@ def load_lora_policy(
     The adapters are those of the checkpoint; without one A is drawn from the seed, and B is 0.
     """
     lm = load_lm(reference, COMPUTE_DTYPE, gradient_checkpointing)
-    add_adapters(lm, rank, seed)
+    add_adapters(lm, lora_rank, seed)
     policy = LoraPolicy(lm)
     shard([*lm.base_model.layers, policy], mesh)
     if checkpoint is not None:
@@ -119,14 +120,14 @@ def load_lora_policy(
     return policy
 
 
-def add_adapters(lm: torch.nn.Module, rank: int, seed: int) -> None:
+def add_adapters(lm: torch.nn.Module, lora_rank: int, seed: int) -> None:
     """Freeze a model's weights, and add an adapter to each linear layer but the head.
 
     Adapters are float32 whatever the weights are; FSDP computes with them in COMPUTE_DTYPE.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear")
+    config = LoraConfig(r=lora_rank, lora_alpha=SCALE * lora_rank, target_modules="all-linear")
     # Every rank must draw the same A, of which it then keeps its slice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

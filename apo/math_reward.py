@@ -112,7 +112,7 @@ def after_thinking(response: str) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """Return the content of the last closed \\boxed{} or \\fbox{}, None if there is none."""
+    """Return the content of the closed \\boxed{} or \\fbox{} that starts last, or None."""
     open_braces = []  # for each, where the content of its box starts; 0 if it opens no box
     content = None
     content_start = 0

@@ -7,7 +7,7 @@ split_unit("5xy")                   ->  5xy and nothing
 
 import re
 
-# Units, each followed by other words for it.
+# Units, each followed by other words for it, without the s of the plural: "inche" is inches.
 UNIT_TABLE = """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
     ft foot feet; in inch inche; yd yard; mi mile; kg kilogram; g gram; mg milligram; lb pound;

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 GIB = 2**30
 BLOCK = 16  # tokens; vLLM hands the cache out in such blocks
-# So many responses have room in the cache at their full length. It is vLLM's own limit on most
+# This many responses have room in the cache at their full length. It is vLLM's own limit on most
 # GPUs. Most responses are far shorter, so more of them run at once on a GPU that allows it.
 MOST_AT_ONCE = 256
 # What no formula here covers: the CUDA context, workspaces of kernels, NCCL, the engine's CUDA
@@ -186,6 +186,7 @@ def activations(size: ModelSize, setup: Setup) -> int:
     if setup.gradient_checkpointing:
         # With every layer a hidden state goes, and with several machines a reduced gradient comes.
         kept = layer + max(states, state + (size.num_layers - 1) * reduced)
+    # Two bf16 gradients as wide as the MLP. The 2.5 bytes were fitted to the simulation.
     in_layer = tokens * (4 * size.intermediate + 2.5 * size.hidden)
     at_layer = gathered + layer_weights + kept + in_layer
     if all_trained:
@@ -276,9 +277,11 @@ def describe(budget: Budget) -> list[str]:
         f"together at most {total}: {decision}",
     ]
     if budget.peak > budget.card:
+        # Adapters have no reference of their own that could go to CPU memory.
+        offload = "--offload-ref, --lora-rank, " if budget.reference > 0 else ""
         lines.append(
             "warning: this may not fit. Try --gradient-checkpointing, a smaller "
-            "--micro-batch-tokens, --offload-ref, or more GPUs"
+            f"--micro-batch-tokens, {offload}or more GPUs"
         )
     return lines
 

@@ -9,11 +9,11 @@ mathematics, one reward function:
         question=lambda row: "Write backwards: " + row["word"],
         answer=lambda row: row["word"][::-1],
         template="{question}\n",
-        reward=reverse_reward,                    # (response, row) -> any float
+        reward=reverse_reward,                    # (response, row) -> any finite number
     )
 
-Nothing else changes in any stage. All columns of the source reach the reward in `row`; "question",
-"answer" and, for hub sets, "id" are the ones made here.
+Nothing else changes in any stage. The reward sees all columns of the source in `row`, but
+"question", "answer", "_task" and, for hub sets, "id" are replaced by the ones made here.
 """
 
 import dataclasses
@@ -396,7 +396,9 @@ def prompt_style(
 
 
 def style_of_task(style: PromptStyle, task: str, trained_reward: str | None) -> PromptStyle:
-    """Return how to ask a task of a model that was trained with `style`; None: it was not trained.
+    """Return the style in which to ask a task of a model that was trained with `style`.
+
+    `trained_reward` names the reward of its training; it is None for a model not trained here.
 
     A task with the same reward function is asked with the template of training, any other task with
     its own template.
@@ -445,7 +447,7 @@ def load_tokenizer(folder: Path) -> Any:
 def check_prompts(prompts: list[Prompt], vocabulary_size: int, tokenizer: Any) -> None:
     """Raise UserError for a prompt that the model cannot continue.
 
-    `vocabulary_size` is the number of words that the model has an embedding for.
+    `vocabulary_size` is the number of tokens that the model has an embedding for.
     """
     for prompt in prompts:
         if not prompt.ids:

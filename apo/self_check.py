@@ -12,6 +12,7 @@ checked, and none of them knows architectures by name:
    the policy's weights.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ LARGEST_CHECK_GAP = LARGEST_GAP if ON_GPU else 1e-4
 # What each engine samples for the check.
 NUM_RESPONSES = 4
 NUM_TOKENS = 16
+# They are packed as in a step, at the default of --micro-batch-tokens.
+MICRO_BATCH_TOKENS = 8192
 # The names under which configs have the number of tokens that a layer's attention sees.
 WINDOWS = (
     "sliding_window",
@@ -238,7 +241,7 @@ def sampler_logprobs(responses: list[Response]) -> Tensor:
 def mean_gap(logp: Tensor, other: Tensor) -> float:
     """Return the mean difference of two ln pi, in nats a token; inf if one is not a number."""
     gap = (logp - other).abs().mean().item()
-    return gap if gap == gap else float("inf")
+    return float("inf") if math.isnan(gap) else gap
 
 
 def check_policy(policy: Policy, llm: Any, prompts: list[Prompt]) -> None:
@@ -249,7 +252,7 @@ def check_policy(policy: Policy, llm: Any, prompts: list[Prompt]) -> None:
     """
     responses = sample_for_check(llm, prompts)
     with torch.no_grad():
-        for batch in make_micro_batches(responses, temperature=1.0, max_tokens=8192):
+        for batch in make_micro_batches(responses, temperature=1.0, budget=MICRO_BATCH_TOKENS):
             logp = policy(**batch.inputs)
             again = policy(**batch.inputs)
             gap = mean_gap(logp, batch.sampler_logp)

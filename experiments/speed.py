@@ -240,7 +240,6 @@ class Bench:
     def sync(self) -> None:
         """Send the weights to the engine, as the trainer does."""
         with timed(self.real, "sync"):
-            torch.cuda.empty_cache()
             self.run.policy.load_into(self.run.llm)
             engine.restore_cache(self.run.llm)
 
