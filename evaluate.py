@@ -271,7 +271,11 @@ class Benchmark:
 
 
 def make_benchmark(
-    name: str, rows: list[dict], args: argparse.Namespace, trained_with: dict, tokenizer: Any
+    name: str,
+    rows: list[dict],
+    args: argparse.Namespace,
+    trained_with: dict,
+    tokenizer: Any,
 ) -> Benchmark:
     """Make the prompts of a benchmark's rows."""
     # All rows stay in the score. One whose answer cannot be graded counts as wrong.
@@ -299,19 +303,24 @@ def make_benchmark(
 
 def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, Benchmark]:
     """Load the benchmarks of --benchmarks, by the names under which their results are saved."""
-    names = args.benchmarks.split(",")
+    # The rows of all come first: a wrong name should not wait for a tokenizer.
+    name_of = {}  # by the name under which its results are saved
     rows_of = {}
-    for name in names:
-        rows_of[name] = problems.load_problems(name, "test")[: args.limit or None]
-    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
-    benchmarks = {}
-    for name in names:
+    for name in args.benchmarks.split(","):
         short_name = Path(name).stem if problems.is_file(name) else name
-        if short_name in benchmarks:
+        if short_name in name_of:
             raise UserError(
                 f"two benchmarks are called {short_name}: score them apart, each with its own --out"
             )
-        benchmarks[short_name] = make_benchmark(name, rows_of[name], args, trained_with, tokenizer)
+        name_of[short_name] = name
+        rows_of[short_name] = problems.load_problems(name, "test")[: args.limit or None]
+
+    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
+    benchmarks = {}
+    for short_name, name in name_of.items():
+        benchmarks[short_name] = make_benchmark(
+            name, rows_of[short_name], args, trained_with, tokenizer
+        )
     return benchmarks
 
 

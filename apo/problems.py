@@ -438,10 +438,14 @@ def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a model's tokenizer, without an engine."""
+    """Load a model's tokenizer, without an engine. UserError if its files are damaged."""
     from transformers import AutoTokenizer  # here, as it takes seconds
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the library raises a dozen unrelated types, and a Rust exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load the tokenizer of {folder}: {reason:.300}") from error
 
 
 def check_prompts(prompts: list[Prompt], vocabulary_size: int, tokenizer: Any) -> None:

@@ -301,10 +301,7 @@ def test_results_of_another_run_are_refused_by_name(evaluated: SimpleNamespace) 
 BAD = {  # name: arguments, what the error says
     "unknown benchmark": ("--benchmarks math500x", "'math500x'"),
     "one of two unknown": ("--benchmarks {dataset},nosuch", "'nosuch'"),
-    "the same name twice": (
-        "--benchmarks {dataset},{dataset} --max-tokens 40",
-        "called digits",
-    ),
+    "the same name twice": ("--benchmarks {dataset},{dataset}", "called digits"),
     "missing file": ("--benchmarks {files}/none.jsonl", "none.jsonl"),
     "missing column": ("--benchmarks {files}/column.jsonl", "row 2"),
     "no answer to grade": ("--benchmarks {files}/ungradable.jsonl", "answer that can be graded"),
