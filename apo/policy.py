@@ -394,6 +394,17 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
         fsdp.fully_shard(module, **options)
 
 
+def reshard(policy: Policy) -> None:
+    """Free the gathered weights, as FSDP does after a backward pass.
+
+    On a CPU they would otherwise stay after a forward pass, and the parameters would be no DTensors
+    until the next backward pass.
+    """
+    for module in policy.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def add_ref_logp(ref: Callable[..., Tensor], updates: list[list[MicroBatch]]) -> None:
     """Give every micro-batch of every update its ln pi_ref.
 

@@ -31,6 +31,7 @@ from apo.policy import (
     make_micro_batches,
     pack,
     register_packed_attention,
+    reshard,
 )
 from apo.problems import Prompt
 
@@ -266,3 +267,4 @@ def check_policy(policy: Policy, llm: Any, prompts: list[Prompt]) -> None:
                     f"the engine and the policy disagree on ln pi by {gap:.2g} nats a token, right "
                     "after the engine got the policy's weights: this model cannot be trained here"
                 )
+    reshard(policy)
