@@ -99,8 +99,6 @@ class RunLog:
         """Write one step's metrics: to the file, to the tracker, and in short to the terminal."""
         self.metrics_file.write(json.dumps(metrics) + "\n")
         self.metrics_file.flush()
-        if "seconds_total" in metrics:  # not at step 0, where nothing is trained
-            self.seconds.append(metrics["seconds_total"])
         if self.tracker is not None:
             self.tracker.log(metrics, step=metrics["step"])
         print(self.describe(metrics), flush=True)
@@ -132,6 +130,7 @@ class RunLog:
         """Say in one line of at most 100 columns how far the run is."""
         parts = [f"step {metrics['step']}/{self.num_steps}"]
         if "reward" in metrics:  # step 0, the untrained model, has its accuracy alone
+            self.seconds.append(metrics["seconds_total"])
             # The recent speed: responses grow longer or shorter while a model learns.
             recent = self.seconds[-20:]
             left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)

@@ -41,7 +41,7 @@ def run() -> Callable[..., SimpleNamespace]:
     """Run `python *command` in the repository; return its exit code and what it printed."""
 
     def call(
-        *command: object, timeout: float = 240, env: dict[str, str] | None = None
+        *command: object, timeout: float = 1800, env: dict[str, str] | None = None
     ) -> SimpleNamespace:
         process = spawn(*command, env=env)
         try:
@@ -89,7 +89,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: float = 1200) -> None:
     """Wait until `true()` is, while the process runs."""
     end = time.monotonic() + seconds
     while not true():

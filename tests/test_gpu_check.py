@@ -25,7 +25,7 @@ def checks(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     def check(*parts: str) -> SimpleNamespace:
         out = folder / parts[0]
         only = ("--only", ",".join(parts))
-        return run("-m", "experiments.gpu_check", *only, "--out", out, timeout=600)
+        return run("-m", "experiments.gpu_check", *only, "--out", out, timeout=3600)
 
     records = {}
     for parts, result in zip(

@@ -394,7 +394,7 @@ from apo.math_reward import grade
 assert grade([r"\boxed{5}", r"\boxed{y+x}"], ["5", "x+y"]) == [1.0, 1.0]
 assert not {"sympy", "math_verify", "latex2sympy2_extended", "torch"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900, cwd=ROOT)
 
 
 # Nothing hangs, crashes or escapes
@@ -526,7 +526,7 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env=environment)
+    subprocess.run(command, check=True, timeout=900, cwd=tmp_path, env=environment)
 
 
 def test_results_come_in_order() -> None:
@@ -580,7 +580,7 @@ def test_a_workers_traceback_is_seen_and_a_broken_worker_stops_the_run(tmp_path:
     script = r"import apo.math_reward as r; r.reward(r'\boxed{y+x}', 'x+y')"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     assert "no parser here" in done.stderr
     assert "RuntimeError: the grading worker does not start" in done.stderr

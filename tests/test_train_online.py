@@ -330,7 +330,7 @@ def test_stopped_damaged_and_resumed_is_as_if_it_had_not_been(
     try:
         wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 4, process)
         os.kill(process.pid, signal.SIGTERM)
-        output = process.communicate(timeout=60)
+        output = process.communicate(timeout=900)
     finally:
         kill(process)
     assert process.returncode == 143, output
