@@ -403,7 +403,7 @@ def sample_benchmark(
     return engine.sample_all(
         llm,
         benchmark.prompts,
-        num_samples,
+        [num_samples] * len(benchmark.prompts),
         path,
         identity,
         args.seed,

@@ -49,6 +49,30 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     return v_star.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
+    """Estimate how uncertain `optimal_value` is: rewards (P, N) -> standard errors (P,).
+
+    V* is beta1 ln(m) with m the mean of w = exp(r / beta1), so by the delta method its standard
+    error is beta1 / m times that of m. Two responses with the rewards 0 and 1 are added first
+    (Laplace's rule), because two equal rewards do not make a prompt certain: k of N right counts as
+    the success rate (k + 1) / (N + 2). Rewards should lie between 0 and 1.
+    Example: beta1 = 0.5: 0 of 2, 1 of 2, 2 of 2, 0 of 12 right -> 0.38, 0.27, 0.17, 0.16.
+
+    Errors and dtypes are those of `optimal_value`.
+    """
+    v_star = optimal_value(rewards, beta1)
+    extremes = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device=rewards.device)
+    smoothed = torch.cat([rewards.double(), extremes.expand(len(rewards), 2)], dim=1)
+    if beta1 == math.inf:
+        deviation = smoothed.std(dim=1, correction=0)
+    else:
+        # The largest w is taken out, as above, so that nothing overflows.
+        best = smoothed.amax(dim=1, keepdim=True)
+        excess = torch.expm1((smoothed - best) / beta1)
+        deviation = beta1 * excess.std(dim=1, correction=0) / (1 + excess.mean(dim=1))
+    return (deviation / math.sqrt(rewards.shape[1])).to(v_star.dtype)
+
+
 def token_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
 ) -> Tensor:

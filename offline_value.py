@@ -5,7 +5,8 @@ that pays beta1 for each nat of KL to the reference. It is estimated once, befor
 stage 2 regresses onto r - V*. In order:
 
 1. Load the prompts. Drop those whose answer cannot be graded, and those that are too long.
-2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it.
+2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it. With
+   --max-value-samples, sample until each V* is exact enough instead.
 3. Score them. A response that does not end within --max-tokens earns 0, here as in training.
 4. Save {"header": {...}, "prompts": [...]}. A prompt has the raw rewards beside V*, so that stage
    2's --beta1 can compute another V* without sampling.
@@ -20,6 +21,7 @@ import apo  # noqa: F401 - first: it says how to activate the environment if it 
 import argparse
 import time
 from importlib.metadata import distributions
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,14 @@ import torch
 from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import (
     positive_integer,
+    positive_number,
     positive_or_infinite,
     sampling_temperature,
     whole_number,
 )
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
-from losses import optimal_value
+from losses import optimal_value, value_standard_error
 
 EXAMPLES = """examples:
   python offline_value.py                                     the published MATH run
@@ -58,6 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="use only this many problems, the first ones; 0 uses all",
     )
     add("--num-value-samples", type=positive_integer, default=8, help="N, responses per prompt")
+    add(
+        "--max-value-samples",
+        type=whole_number,
+        default=0,
+        help="instead of N, sample each prompt until V* is exact to --value-error, at least twice "
+        "and at most this often; 0 samples N",
+    )
+    add("--value-error", type=positive_number, default=0.17, help="standard error of V* wanted")
     add("--beta1", type=positive_or_infinite, default=0.5, help="beta1 of V*; inf gives the mean")
     # Stage 2 reads the next three from the values file: V* holds for this distribution only.
     add("--temperature", type=sampling_temperature, default=1.0, help="sampling temperature")
@@ -82,6 +93,8 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
         "dataset_digest": files.content_digest(rows),
         "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
         "num_value_samples": args.num_value_samples,
+        "max_value_samples": args.max_value_samples,
+        "value_error": args.value_error,
         "beta1": args.beta1,
         "temperature": args.temperature,
         "max_prompt_tokens": args.max_prompt_tokens,
@@ -92,7 +105,7 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
 
 
 def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
-    """Describe one prompt for the values file. `records` are those of its N responses."""
+    """Describe one prompt for the values file. `records` are those of its responses."""
     rewards = [record["reward"] for record in records]
     # In float64: JSON keeps all digits.
     v_star = optimal_value(torch.tensor([rewards], dtype=torch.float64), beta1)
@@ -128,17 +141,20 @@ def make_header(
     header["truncated"] = sum(entry["truncated"] for entry in entries)
     header["grading"] = math_reward.counts  # counted on rank 0 only
 
-    # A reward above 0 counts as right, whatever its size.
-    fractions_right = []
+    rates = success_rates(entries)
+    header["mean_v_star"] = sum(entry["v_star"] for entry in entries) / len(entries)
+    header["pass_at_1"] = sum(rates) / len(entries)
+    header["pass_at_n"] = sum(rate > 0 for rate in rates) / len(entries)
+    return header
+
+
+def success_rates(entries: list[dict]) -> list[float]:
+    """Return each prompt's fraction of right responses. Any reward above 0 counts as right."""
+    rates = []
     for entry in entries:
         num_right = sum(reward > 0 for reward in entry["rewards"])
-        # Its mean over the prompts is pass@1, and how often it is above 0 is pass@N.
-        fractions_right.append(num_right / len(entry["rewards"]))
-    num_solved = sum(right > 0 for right in fractions_right)
-    header["mean_v_star"] = sum(entry["v_star"] for entry in entries) / len(entries)
-    header["pass_at_1"] = sum(fractions_right) / len(entries)
-    header["pass_at_n"] = num_solved / len(entries)
-    return header
+        rates.append(num_right / len(entry["rewards"]))
+    return rates
 
 
 def print_summary(header: dict, entries: list[dict]) -> None:
@@ -147,27 +163,35 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     Prompts that are always or never right teach little. A reference that solves nothing teaches
     nothing, and many truncated responses mean that --max-tokens is too small.
     """
-    n = header["num_value_samples"]
+    counts = [len(entry["rewards"]) for entry in entries]
     num_prompts = len(entries)
-    # prompts_with[k] is the number of prompts of which k responses are right.
-    prompts_with = [0] * (n + 1)
-    for entry in entries:
-        num_right = sum(reward > 0 for reward in entry["rewards"])
-        prompts_with[num_right] += 1
+    if min(counts) == max(counts):
+        n = counts[0]
+        highest = n
+        title = f"prompts by the number right of {n}:"
+    else:
+        n = f"{min(counts)} to {max(counts)}"
+        highest = 10
+        title = f"prompts by the tenths of their {n} responses that are right:"
+    rates = success_rates(entries)
+    # The bars of the histogram. With N responses each, bar k has the prompts with k right ones.
+    prompts_with = [0] * (highest + 1)
+    for rate in rates:
+        prompts_with[round(rate * highest)] += 1
     print(
         f"{num_prompts} prompts, {n} samples each, {header['seconds']:.0f} s, "
         f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}"
     )
     print(
         f"pass@1 {header['pass_at_1']:.1%}  pass@{n} {header['pass_at_n']:.1%}  "
-        f"all wrong {prompts_with[0] / num_prompts:.1%}  "
-        f"all right {prompts_with[n] / num_prompts:.1%}  "
-        f"truncated {header['truncated'] / num_prompts / n:.1%}"
+        f"all wrong {rates.count(0) / num_prompts:.1%}  "
+        f"all right {rates.count(1) / num_prompts:.1%}  "
+        f"truncated {header['truncated'] / sum(counts):.1%}"
     )
     print(f"dropped: {header['dropped_long']} too long, {header['dropped_ungradable']} ungradable")
     print(f"grading: {header['grading']}")
     # The longest bar has 50 signs.
-    print(f"prompts by the number right of {n}:")
+    print(title)
     for k, count in enumerate(prompts_with):
         print(f"{k:>4} {count:>6} {'#' * (50 * count // max(prompts_with))}")
 
@@ -223,9 +247,57 @@ def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int
     return prompts
 
 
+def sample_values(
+    llm: Any, prompts: list[Prompt], out: Path, identity: dict, args: argparse.Namespace
+) -> list[list[dict]]:
+    """Sample and score; return the records of each prompt's responses.
+
+    N of each prompt. With --max-value-samples 2 of each, then 2 more where V* is not exact enough
+    yet, and so on.
+    """
+    adaptive = args.max_value_samples > 0
+    counts = [2 if adaptive else args.num_value_samples] * len(prompts)
+    first_round = True
+    while True:
+        records = engine.sample_all(
+            llm,
+            prompts,
+            counts,
+            out,
+            identity,
+            args.seed,
+            args.temperature,
+            args.max_tokens,
+            # Later rounds ask the hard prompts alone, whose responses may well be long.
+            must_finish=first_round,
+        )
+        first_round = False
+        # The records of a prompt's responses follow each other.
+        remaining = iter(records)
+        records_of_prompts = [list(islice(remaining, count)) for count in counts]
+        if not adaptive:
+            return records_of_prompts
+        new_counts = []
+        for of_prompt in records_of_prompts:
+            new_counts.append(samples_wanted(of_prompt, args))
+        if new_counts == counts:
+            return records_of_prompts
+        counts = new_counts
+
+
+def samples_wanted(records: list[dict], args: argparse.Namespace) -> int:
+    """Return how many samples a prompt should have, given those that it has."""
+    rewards = torch.tensor([[record["reward"] for record in records]], dtype=torch.float64)
+    if value_standard_error(rewards, args.beta1).item() <= args.value_error:
+        return len(records)
+    return min(len(records) + 2, args.max_value_samples)
+
+
 def main() -> None:
     """Check, sample, score, save."""
     args = make_parser().parse_args()
+    if args.max_value_samples == 1:
+        raise UserError("--max-value-samples 1: one sample has no error, so give 2 or more, or 0")
 
     # Everything that can be wrong is checked before the engine starts.
     files.check_writable(args.out)
@@ -264,24 +336,12 @@ def main() -> None:
     # What stage 2 could not train is refused now, and not after hours of sampling.
     responses = self_check.sample_for_check(llm, prompts)
     engine.on_rank_0(self_check.check_model, files.model_folder(args.model), responses)
-    n = args.num_value_samples
-    # The records of a prompt's N responses follow each other.
-    records = engine.sample_all(
-        llm,
-        prompts,
-        n,
-        out,
-        identity,
-        args.seed,
-        args.temperature,
-        args.max_tokens,
-        must_finish=True,
-    )
+    records = sample_values(llm, prompts, out, identity, args)
 
     if rank == 0:
         entries = []
-        for i, prompt in enumerate(prompts):
-            entries.append(make_entry(prompt, records[i * n : (i + 1) * n], args.beta1))
+        for prompt, of_prompt in zip(prompts, records, strict=True):
+            entries.append(make_entry(prompt, of_prompt, args.beta1))
         header = make_header(args, identity, entries, time.perf_counter() - start)
         header["dropped_long"] = len(rows) - len(prompts)
         header["dropped_ungradable"] = len(reasons)

@@ -440,7 +440,7 @@ NUM_FIRST = 100
 def sample_all(
     llm: Any,
     prompts: list[Prompt],
-    num_samples: int,
+    counts: list[int],
     out: Path,
     identity: dict,
     seed: int,
@@ -449,7 +449,7 @@ def sample_all(
     top_p: float = 1.0,
     must_finish: bool = False,
 ) -> list[dict]:
-    """Draw graded samples of each prompt, and return one record for each, in order.
+    """Draw counts[i] graded samples of prompt i, and return one record for each, in order.
 
     A record is {"id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens"}.
     Every rank appends its records to OUT.partial/RANK.jsonl as they are graded. A run that was
@@ -469,7 +469,7 @@ def sample_all(
     for record in on_rank_0(read_partial, folder, identity):
         done[record["id"], record["sample"]] = record
 
-    requests = missing_requests(prompts, num_samples, done, seed)
+    requests = missing_requests(prompts, counts, done, seed)
 
     share = share_of_requests(llm, len(requests))
     first = set(share[:NUM_FIRST]) if must_finish else set()
@@ -500,16 +500,20 @@ def sample_all(
     for records in from_all_ranks(new_records):
         for record in records:
             done[record["id"], record["sample"]] = record
-    return [done[prompt.row["id"], i] for prompt in prompts for i in range(num_samples)]
+    return [
+        done[prompt.row["id"], number]
+        for prompt, count in zip(prompts, counts, strict=True)
+        for number in range(count)
+    ]
 
 
 def missing_requests(
-    prompts: list[Prompt], num_samples: int, done: dict[tuple, dict], seed: int
+    prompts: list[Prompt], counts: list[int], done: dict[tuple, dict], seed: int
 ) -> list[Request]:
     """Ask for each sample of each prompt that is not done; `done` is by problem id and sample."""
     requests = []
-    for prompt in prompts:
-        for number in range(num_samples):
+    for prompt, count in zip(prompts, counts, strict=True):
+        for number in range(count):
             if (prompt.row["id"], number) not in done:
                 # Step 0: no training step samples the same.
                 request_seed = response_seed(seed, 0, prompt.row["id"], number)

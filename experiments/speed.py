@@ -260,9 +260,10 @@ class Bench:
 
         def sample_all() -> None:
             out = Path(self.args.out, f"stage1-{number}.json")
+            counts = [8] * len(prompts)
             sampling = (number, self.temperature, self.max_tokens)
             with timed(self.real, "generate"):
-                engine.sample_all(self.run.llm, prompts, 8, out, {}, *sampling)
+                engine.sample_all(self.run.llm, prompts, counts, out, {}, *sampling)
 
         in_turns(number, self.bare_generate, sample_all)
 

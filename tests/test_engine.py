@@ -253,7 +253,7 @@ def test_the_engine_is_drained_before_its_cache_is_released(
 
 def sample_all(llm: Any, out: Path, **changes: object) -> list[dict]:
     identity = {"seed": 0, "temperature": 1.0} | changes
-    return engine.sample_all(llm, make_prompts(4), 3, out, identity, 0, 1.0, 20)
+    return engine.sample_all(llm, make_prompts(4), [3] * 4, out, identity, 0, 1.0, 20)
 
 
 def test_what_was_sampled_is_not_sampled_again(llm: Any, tmp_path: Path) -> None:

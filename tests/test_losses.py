@@ -131,6 +131,38 @@ def test_v_star_refuses_shapes(shape: tuple[int, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# How uncertain V* is
+
+
+@pytest.mark.parametrize("beta1", [0.1, 0.5, 2.0, math.inf])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_the_standard_error_of_v_star_is_that_of_many_draws(beta1: float, rate: float) -> None:
+    """V* of N = 400 samples, drawn 4,000 times. At so large an N the delta method is exact."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(4000, 400, generator=generator, dtype=FLOAT64) < rate
+    spread = losses.optimal_value(rewards.double(), beta1).std().item()
+    estimated = losses.value_standard_error(rewards.double(), beta1).mean().item()
+    assert estimated == pytest.approx(spread, rel=0.1)
+
+
+def test_two_equal_rewards_are_not_taken_for_certain() -> None:
+    """By Laplace's rule k of N right counts as p = (k + 1) / (N + 2)."""
+    for rewards, rate in (([0.0, 0.0], 1 / 4), ([0.0, 1.0], 1 / 2), ([1.0, 1.0], 3 / 4)):
+        # dV*/dp of V* = beta1 ln(1 + p (e^(1/beta1) - 1)), times the standard error of p.
+        slope = 0.5 * math.expm1(2) / (1 + rate * math.expm1(2))
+        expected = slope * math.sqrt(rate * (1 - rate) / 2)
+        [error] = losses.value_standard_error(torch.tensor([rewards], dtype=FLOAT64), 0.5).tolist()
+        assert error == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("beta1", [1e-3, 1e-12])
+def test_the_standard_error_does_not_overflow(beta1: float) -> None:
+    """As beta1 -> 0, V* is the best reward, and one right response is enough to know it."""
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=FLOAT64)
+    assert losses.value_standard_error(rewards, beta1).tolist() == pytest.approx([0, 0], abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------
 # log pi of tokens
 
 

@@ -29,7 +29,7 @@ from conftest import (
 import offline_value
 from apo import problems
 from apo.problems import Prompt
-from losses import optimal_value
+from losses import optimal_value, value_standard_error
 
 HEADER = """model dataset task reward num_value_samples beta1 temperature max_prompt_tokens
 max_tokens limit seed prompt_template chat_template system_prompt chat_template_kwargs
@@ -130,6 +130,39 @@ def test_killed_on_two_ranks_and_continued_on_one_gives_the_same_file(
             header.pop(name)
     assert continued["header"] == values["header"]
     assert [p.name for p in tmp_path.iterdir()] == ["values.json"], "it leaves nothing else behind"
+
+
+def test_hard_prompts_get_more_samples(
+    run: Callable, model: Path, dataset: Path, values: dict, tmp_path: Path
+) -> None:
+    """--max-value-samples: at least 2, at most M, and no more once V* is exact enough."""
+    most, wanted = NUM_VALUE_SAMPLES, 0.25
+    out = tmp_path / "values.json"
+    adaptive = ("--max-value-samples", most, "--value-error", wanted, "--out", out)
+    result = run("offline_value.py", *stage1_arguments(model, dataset), *adaptive)
+    assert result.code == 0, result.all
+    prompts = json.loads(out.read_text())["prompts"]
+    counts = [len(entry["rewards"]) for entry in prompts]
+    assert min(counts) >= 2 and max(counts) <= most and len(set(counts)) > 1, counts
+
+    def error(rewards: list[float]) -> float:
+        return value_standard_error(torch.tensor([rewards], dtype=torch.float64), 0.5).item()
+
+    for entry, of_all in zip(prompts, values["prompts"], strict=True):
+        count = len(entry["rewards"])
+        # A sample's seed does not depend on how many there are.
+        assert entry["rewards"] == of_all["rewards"][:count]
+        assert entry["lengths"] == of_all["lengths"][:count]
+        assert count == most or error(entry["rewards"]) <= wanted
+        assert all(error(entry["rewards"][:n]) > wanted for n in range(2, count, 2))
+    bars = [line.split()[:2] for line in result.out.splitlines() if line.startswith("  ")]
+    assert sum(int(prompts_with) for _, prompts_with in bars) == NUM_PROMPTS
+
+
+def test_one_sample_has_no_error(run: Callable, model: Path, dataset: Path) -> None:
+    result = run("offline_value.py", *stage1_arguments(model, dataset), "--max-value-samples", 1)
+    assert result.code == 2
+    assert_one_error(result.err, says="--max-value-samples 1")
 
 
 def test_finished_file_is_not_made_again_and_never_overwritten(
