@@ -112,7 +112,7 @@ toy/values.json: | $(ENVIRONMENT)
 	@mv $@.unfinished $@
 
 clean:
-	rm -rf toy toy-* smollm smollm-* countdown .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf toy toy-* smollm smollm-* countdown architectures .venv .pytest_cache .ruff_cache .hypothesis
 
 # Without a GPU, torch comes from PyTorch's CPU index; requirements-cpu.txt says why.
 $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt

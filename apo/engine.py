@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from apo import files, problems
+from apo import files, math_reward, problems
 from apo.files import UserError
 from apo.problems import Prompt
 
@@ -176,6 +176,7 @@ def start_engine(
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import torch
+    from pydantic import ValidationError
     from vllm import LLM
     from vllm.model_executor.models.transformers.base import Base
 
@@ -187,7 +188,7 @@ def start_engine(
     on_gpu = torch.cuda.is_available()
     # On a CPU vLLM would compile for seconds to gain microseconds.
     torch._dynamo.config.disable = not on_gpu
-    return LLM(
+    options |= dict(
         model=str(files.model_folder(model)),
         max_model_len=int(max_model_len),
         seed=seed,
@@ -204,8 +205,12 @@ def start_engine(
         # One engine inside each rank, or inside each group of --tensor-parallel-size ranks.
         distributed_executor_backend="external_launcher",
         use_tqdm_on_load=False,
-        **options,
     )
+    try:
+        return LLM(**options)
+    except ValidationError as error:  # by vLLM's check of the model's config
+        reason = " ".join(error.errors()[0]["msg"].split())
+        raise UserError(f"vLLM does not take {model}: {reason:.300}") from error
 
 
 def vocabulary_size(llm: Any) -> int:
@@ -358,18 +363,20 @@ def silent_tokens(tokenizer: Any) -> set[int]:
     A box inside of <think> ... </think> is no answer, so the reward must see these marks. Some
     tokenizers count them as special tokens; here they are text.
     """
+    marks = {mark for pair in math_reward.THOUGHTS for mark in pair}
     return {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content not in ("<think>", "</think>")
+        if token.special and token.content not in marks
     }
 
 
 def response_text(prompt: Prompt, ids: list[int], silent: set[int], tokenizer: Any) -> str:
     """Decode a response. Where the chat template has opened a thought, its mark is put before."""
     text = tokenizer.decode([token for token in ids if token not in silent])
-    if prompt.text.rstrip().endswith("<think>"):
-        return "<think>" + text
+    for opening, _ in math_reward.THOUGHTS:
+        if prompt.text.rstrip().endswith(opening):
+            return opening + text
     return text
 
 

@@ -28,6 +28,8 @@ MODEL_FILES = (
     "*.tiktoken",
     "chat_template*",
 )
+# Names under which a config.json has the largest number of tokens that a model can read.
+CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint
 NUM_BLOCKS = 16  # places per weight file
 
@@ -233,5 +235,8 @@ def content_digest(content: Any) -> str:
 
 def context_length(folder: Path) -> float:
     """Return how many tokens, prompt and response together, the model can read."""
-    limit = read_json(folder / "config.json").get("max_position_embeddings")
-    return float("inf") if limit is None else limit
+    config = read_json(folder / "config.json")
+    for name in CONTEXT_LENGTHS:
+        if config.get(name) is not None:
+            return config[name]
+    return float("inf")

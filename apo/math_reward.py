@@ -40,6 +40,15 @@ from apo.math_equality import decide, leave_open
 CPU_SECONDS = 3
 WALL_SECONDS = 60
 MEMORY_BYTES = 4 * 2**30
+# How models mark a thought, which is no part of the answer: its beginning and its end.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+)
 # How many pairs took too long, how many could not be computed for another reason, and how many
 # answers could not be graded.
 counts = {"timeouts": 0, "failures": 0, "ungradable": 0}
@@ -104,11 +113,12 @@ def check_answer(answer: Any) -> str:
 
 
 def after_thinking(response: str) -> str:
-    """Return what follows the last </think>, and nothing if a <think> stays open after it."""
-    text = response.rpartition("</think>")[2]
-    if "<think>" in text:
-        return ""
-    return text
+    """Return what follows the last thought, and nothing if one stays open."""
+    for opening, closing in THOUGHTS:
+        response = response.rpartition(closing)[2]
+        if opening in response:
+            return ""
+    return response
 
 
 def last_box(text: str) -> str | None:

@@ -1,18 +1,8 @@
 r"""The tasks: where rows come from, how a row becomes a prompt, and which function scores it.
 
 A task is one entry of `DATASETS`. To train on another one, add an entry and, unless it is
-mathematics, one reward function:
-
-    DATASETS["reverse"] = Dataset(
-        source="data/reverse-{split}.jsonl",      # or a hub id
-        splits={"train": "train", "test": "test"},
-        question=lambda row: "Write backwards: " + row["word"],
-        answer=lambda row: row["word"][::-1],
-        template="{question}\n",
-        reward=reverse_reward,                    # (response, row) -> any finite number
-    )
-
-Nothing else changes in any stage. The reward sees all columns of the source in `row`, but
+mathematics, one reward function: README.md, "Fork it", has an example. Nothing else changes in any
+stage. The reward sees all columns of the source in `row`, but
 "question", "answer", "_task" and, for hub sets, "id" are replaced by the ones made here.
 """
 
@@ -294,11 +284,14 @@ def make_row(
     row = dict(source)
     row["question"] = clean_text(question(source))
     row["answer"] = answer(source)
-    # Tables in parquet may hold exact decimals.
-    if isinstance(row["answer"], Decimal):
-        row["answer"] = str(row["answer"])
+    row["answer"] = without_decimal(row["answer"])
     row["_task"] = task
     return row
+
+
+def without_decimal(answer: Any) -> Any:
+    """Write an exact decimal, which tables in parquet may hold, as text; leave all else alone."""
+    return str(answer) if isinstance(answer, Decimal) else answer
 
 
 def clean_text(text: str) -> str:

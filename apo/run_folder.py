@@ -18,8 +18,11 @@ from apo.policy import find_checkpoint, saved_step
 FREE_ON_RESUME = (
     "resume",
     "out",
+    # These three are paths. What lies there must be the same: model_fingerprint, values_digest and
+    # eval_digest say so.
     "values",
     "model",
+    "eval_dataset",
     "num_steps",
     "save_every",
     "keep_checkpoints",

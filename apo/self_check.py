@@ -13,6 +13,7 @@ checked, and none of them knows architectures by name:
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ from apo.problems import Prompt
 LARGEST_PACKING_ERROR = 1e-3
 # In float32 the engine's ln pi differs by 1e-6 or so, on average over the tokens.
 LARGEST_CHECK_GAP = LARGEST_GAP if ON_GPU else 1e-4
-# What each engine samples for the check.
+# What each engine samples for the check, and how many of all responses rank 0 computes again.
 NUM_RESPONSES = 4
 NUM_TOKENS = 16
 # They are packed as in a step, at the default of --micro-batch-tokens.
@@ -65,6 +66,7 @@ def check_config(folder: Path, longest: int) -> None:
     """
     config = read_config(folder)
     for reason in (
+        find_kind(config),
         find_experts(config),
         find_state(config),
         find_window(config, longest),
@@ -91,6 +93,18 @@ def parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for value in config.values():
         if isinstance(value, dict):
             yield from parts_of(value)
+
+
+def find_kind(config: dict[str, Any]) -> str | None:
+    """Say so if it is no plain language model: transformers could not load it for training."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "it is no language model that continues a text (AutoModelForCausalLM)"
+    for part in parts_of(config):
+        if part.get("quantization_config"):
+            return "its weights are quantised, and training needs them in full"
+    return None
 
 
 def find_experts(config: dict[str, Any]) -> str | None:
@@ -182,6 +196,17 @@ def check_model(folder: Path, responses: list[Response]) -> None:
     Everything runs in float32 on the CPU, so that only the method differs. Raises UserError if the
     results disagree.
     """
+    # The other ranks wait, so all cores are free. torchrun gives each rank only one thread.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        compare(folder, responses[:NUM_RESPONSES])
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def compare(folder: Path, responses: list[Response]) -> None:
+    """Do what `check_model` says."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

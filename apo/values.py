@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from apo import files, problems
+from apo.command_line import LOWEST_TEMPERATURE
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
 
@@ -39,6 +40,7 @@ def load_values(path: str) -> Values:
     document = files.read_json(path)
     header = check_header(document, path)
     entries = check_entries(document, path)
+    check_answers(entries, header["task"], path)
     style = PromptStyle.from_settings(header)
     # What training depends on. The rest of the header describes how the file was made.
     digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
@@ -62,6 +64,11 @@ def check_header(document: dict, name: str) -> dict:
         highest = float("inf") if field == "beta1" else 1e9
         if type(value) not in (int, float) or not 0 < value <= highest:
             raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
+    if header["temperature"] < LOWEST_TEMPERATURE:
+        raise UserError(
+            f'{name}: "temperature" in its header is {header["temperature"]}, less than '
+            f"{LOWEST_TEMPERATURE}"
+        )
     for field, kind in KINDS.items():
         if not isinstance(header[field], kind):
             raise UserError(f'{name}: "{field}" in its header cannot be {header[field]!r}')
@@ -136,6 +143,14 @@ def check_entries(document: dict, name: str) -> list[dict]:
             if type(reward) not in (int, float) or not abs(reward) < float("inf"):
                 raise UserError(f"{where} ({entry['id']}): the reward {reward!r} is not a number")
     return entries
+
+
+def check_answers(entries: list[dict], task: str, name: str) -> None:
+    """Raise UserError for an answer of mathematics that cannot be graded: it could earn 0 only."""
+    rows = [entry | {"_task": task} for entry in entries]
+    _, reasons = problems.keep_gradable(name, rows)
+    if reasons:
+        raise UserError(f"{name}: {reasons[0]}")
 
 
 def make_prompts(entries: list[dict], values: Values, tokenizer: Any) -> list[Prompt]:

@@ -59,6 +59,14 @@ FULL_HEADS = {"num_key_value_heads": 2}
 HEAD_DIM = {"head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
 EXPERTS |= {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+# DeepSeek-V2 brought experts in groups, with one that is always asked.
+GROUPED_EXPERTS = EXPERTS | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+GROUPED_EXPERTS |= {"n_shared_experts": 1}
+LATENT_HEADS = FULL_HEADS | {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 32}
+LATENT_HEADS |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
+LINEAR_HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+LINEAR_HEADS |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
@@ -85,6 +93,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
     "Llama, tied head": ("llama", {"tie_word_embeddings": True}),
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "Llama, dropout": ("llama", {"attention_dropout": 0.1}),
     "Llama 3, its RoPE": ("llama", rope(LLAMA3)),
     "Llama, linear RoPE": ("llama", rope({"rope_type": "linear", "factor": 4.0})),
     "Llama, dynamic RoPE": ("llama", rope({"rope_type": "dynamic", "factor": 4.0})),
@@ -92,10 +101,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral, window of 8": ("mistral", {"sliding_window": 8}),
     "Mistral, window of 4096": ("mistral", {"sliding_window": 4096}),
     "Ministral, window of 8": ("ministral", HEAD_DIM | {"sliding_window": 8}),
+    "Ministral 3": ("ministral3", HEAD_DIM),
     "Gemma": ("gemma", HEAD_DIM | {"tie_word_embeddings": True}),
     "Gemma 2": ("gemma2", HEAD_DIM | {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     "Gemma 3, window of 8": ("gemma3_text", HEAD_DIM | {"sliding_window": 8}),
     "Gemma 3, window of 512": ("gemma3_text", HEAD_DIM | {"sliding_window": 512}),
+    "Gemma 4, window of 8": ("gemma4_text", HEAD_DIM | {"sliding_window": 8}),
     "Phi-2": ("phi", FULL_HEADS),
     "Phi-3": ("phi3", {"sliding_window": None}),
     "Phi-3, dropout": ("phi3", {"sliding_window": None, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
@@ -105,22 +116,35 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         rope(LONGROPE) | {"original_max_position_embeddings": 128},
     ),
     "SmolLM3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "SmolLM3, window of 8": (
+        "smollm3",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 2}
+        | {"use_sliding_window": True, "sliding_window": 8},
+    ),
     "OLMo": ("olmo", {}),
+    "OLMo, clipped": ("olmo", {"clip_qkv": 0.5}),
     "OLMo 2": ("olmo2", {}),
     "OLMo 3, window of 8": ("olmo3", {"sliding_window": 8}),
     "Granite": ("granite", {"logits_scaling": 4.0}),
     "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "Cohere 2, window of 8": ("cohere2", {"logit_scale": 0.25, "sliding_window": 8}),
+    "GLM": ("glm", HEAD_DIM),
     "GLM-4": ("glm4", HEAD_DIM),
+    "EXAONE 4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "EXAONE 4, window of 8": ("exaone4", {"sliding_window": 8}),
     "Seed-OSS": ("seed_oss", HEAD_DIM),
     "Hunyuan": ("hunyuan_v1_dense", HEAD_DIM),
     "ERNIE 4.5": ("ernie4_5", {}),
     "Arcee": ("arcee", {}),
     "Apertus": ("apertus", {}),
+    "BitNet": ("bitnet", {}),
+    "nanochat": ("nanochat", {}),
     "StarCoder 2": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}),
     "StableLM": ("stablelm", FULL_HEADS),
     "Nemotron": ("nemotron", {}),
     "GPT-NeoX": ("gpt_neox", {}),
     "GPT-2": ("gpt2", GPT_SIZES),
+    "GPT-BigCode": ("gpt_bigcode", GPT_SIZES),
     "GPT-J": ("gptj", GPT_SIZES | {"rotary_dim": 32}),
     "OPT": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
     "BLOOM": ("bloom", {"n_head": 2, "n_layer": 2}),
@@ -128,7 +152,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", EXPERTS),
     "Qwen3, experts": ("qwen3_moe", HEAD_DIM | EXPERTS),
     "OLMo, experts": ("olmoe", FULL_HEADS | EXPERTS),
+    "Granite, experts": ("granitemoe", EXPERTS),
+    "GLM-4, experts": ("glm4_moe", HEAD_DIM | GROUPED_EXPERTS),
+    "dots1, experts": ("dots1", HEAD_DIM | GROUPED_EXPERTS),
+    "DeepSeek-V2, experts": ("deepseek_v2", LATENT_HEADS | GROUPED_EXPERTS),
+    "DeepSeek-V3, experts": ("deepseek_v3", LATENT_HEADS | GROUPED_EXPERTS),
+    "Llama 4, experts": ("llama4_text", HEAD_DIM | EXPERTS | {"intermediate_size_mlp": 128}),
+    "MiniMax M2, experts": ("minimax_m2", HEAD_DIM | EXPERTS),
     "gpt-oss": ("gpt_oss", HEAD_DIM | EXPERTS),
+    "Qwen3-Next": (
+        "qwen3_next",
+        HEAD_DIM | EXPERTS | LINEAR_HEADS | {"shared_expert_intermediate_size": 64},
+    ),
+    "Granite 4, Mamba": ("granitemoehybrid", MAMBA | {"layer_types": ["mamba", "attention"]}),
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 

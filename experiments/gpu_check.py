@@ -4,7 +4,7 @@ Question: does this code work on this GPU, how fast is it, and how much memory d
 Command:  python -m experiments.gpu_check
           python -m experiments.gpu_check --only attention,cache
 Time:     at most --minutes (10). What has not been run by then is listed as skipped. On a CPU, with
-          tiny shapes: 3 minutes on 2 cores.
+          tiny shapes: 4 minutes on 2 cores.
 Output:   runs/gpu-check: log.txt, results.json, and the models.
 Answer:   it has not been run on a GPU.
 
