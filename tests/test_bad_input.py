@@ -57,12 +57,19 @@ OFFLINE_VALUE = {
     "no tokenizer": ("--model {models}/no-tokenizer", "token"),
     "config.json torn": ("--model {models}/torn-config", "config.json"),
     "config.json a list": ("--model {models}/list-config", "config.json"),
+    "an architecture of another library": ("--model {models}/odd-type", "nosuch"),
+    "a mixture of experts": ("--model {models}/experts", "mixture of experts"),
+    "a window that is too short": ("--model {models}/window", "sees 8 tokens"),
+    "quantised weights": ("--model {models}/quantised", "quantised"),
+    "no model that continues a text": ("--model {models}/encoder", "continues a text"),
     "a response longer than the model reads": ("--max-tokens 4096", "--max-tokens 4096"),
     "no GPU per engine": ("--tensor-parallel-size 0", "--tensor-parallel-size"),
     "more than all memory": ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
     "infinite temperature": ("--temperature inf", "--temperature"),
     "no temperature": ("--temperature 0", "--temperature"),
+    "a temperature that vLLM raises": ("--temperature 0.005", "--temperature"),
     "a negative seed": ("--seed=-1", "--seed"),
+    "a seed of 64 bits": ("--seed 20251129123456", "--seed"),
     "half a sample": ("--num-value-samples 2.5", "--num-value-samples"),
     "beta1 of nothing": ("--beta1 0", "--beta1"),
     "an unknown flag": ("--beta3 1", "--beta3"),
@@ -99,6 +106,9 @@ TRAIN_ONLINE = {
     "a chat template that is a text": ("--values {files}/chat.json", "chat_template"),
     "an unknown task": ("--values {files}/task.json", "'chess'"),
     "another reward": ("--values {files}/reward.json", "reward"),
+    "a temperature that vLLM raises": ("--values {files}/cold.json", "0.005"),
+    "an empty answer": ("--values {files}/no-answer.json", "n1"),
+    "a mixture of experts": ("--values {files}/experts.json", "mixture of experts"),
     "a model that changed": ("--values {files}/changed.json", "model.safetensors"),
     "an evaluation set torn": ("--eval-dataset {files}/torn.jsonl", "line 2"),
     "an unknown evaluation set": ("--eval-dataset imagenet", "'imagenet'"),
@@ -135,6 +145,7 @@ EVALUATE = {
     "a question that is a number": ("--benchmarks {files}/number.jsonl", "row 2"),
     "a response longer than the model reads": ("--max-tokens 4096", "--max-tokens 4096"),
     "no tokens": ("--max-tokens 0", "--max-tokens"),
+    "a temperature that vLLM raises": ("--temperature 0.005", "--temperature"),
     "no nucleus": ("--top-p 0", "--top-p"),
     "a negative limit": ("--limit=-1", "--limit"),
     "a negative seed": ("--seed=-1", "--seed"),
@@ -193,6 +204,11 @@ def places(model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory)
     write_lines(folder / "id.jsonl", [graded, graded | {"id": [1]}])
     make_values(model, folder)
     models = make_models(model, tmp_path_factory.mktemp("models"))
+    edit_values(
+        folder / "values.json",
+        folder / "experts.json",
+        lambda values: values["header"].update(model=str(models / "experts")),
+    )
     return {"model": model, "dataset": dataset, "files": folder, "models": models}
 
 
@@ -222,6 +238,7 @@ def make_values(model: Path, folder: Path) -> None:
         "number-prompt": {"prompt": 5},
         "list-row": {"row": [1]},
         "twice": {"id": "n0"},
+        "no-answer": {"answer": ""},
     }
     for name, change in prompts.items():
         edit_values(good, folder / f"{name}.json", lambda v: v["prompts"][1].update(change))  # noqa: B023
@@ -231,6 +248,7 @@ def make_values(model: Path, folder: Path) -> None:
         "beta1": {"beta1": None},
         "model": {"model": None},
         "text-temperature": {"temperature": "1.0"},
+        "cold": {"temperature": 0.005},
         "endless": {"max_tokens": float("inf")},
         "long": {"max_tokens": 1000},
         "template": {"prompt_template": 5},
@@ -253,10 +271,20 @@ def make_values(model: Path, folder: Path) -> None:
         edit_values(good, folder / f"{name}.json", lambda v: v.update(change))  # noqa: B023
 
 
+# Models that cannot be trained, by what their config.json has.
+CONFIGS = {
+    "odd-type": {"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]},
+    "experts": {"num_experts": 4},
+    "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "quantised": {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "encoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+}
+
+
 def make_models(model: Path, models: Path) -> Path:
     """Copy a model several times, each with one mistake; `other` has other weights."""
-    names = "pickled no-tokenizer torn-config list-config odd-type torn-weights no-shard other"
-    for name in names.split():
+    names = "pickled no-tokenizer torn-config list-config torn-weights no-shard other"
+    for name in (*names.split(), *CONFIGS):
         shutil.copytree(model, models / name)
     (models / "pickled" / "model.safetensors").rename(models / "pickled" / "pytorch_model.bin")
     for path in (models / "no-tokenizer").glob("*token*"):
@@ -264,8 +292,10 @@ def make_models(model: Path, models: Path) -> Path:
     text = (model / "config.json").read_text()
     (models / "torn-config" / "config.json").write_text(text[: len(text) // 2])
     (models / "list-config" / "config.json").write_text("[1]")
-    config = json.loads(text) | {"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]}
-    (models / "odd-type" / "config.json").write_text(json.dumps(config))
+    for name, change in CONFIGS.items():
+        config = json.loads(text) | change
+        config.pop("layer_types", None)
+        (models / name / "config.json").write_text(json.dumps(config))
     weights = (model / "model.safetensors").read_bytes()
     (models / "torn-weights" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     shard = models / "no-shard" / "model-00001-of-00002.safetensors"
@@ -387,7 +417,6 @@ def test_script_that_refuses_says_one_sentence_and_writes_nothing(
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("odd-type", "nosuch"),
         ("torn-weights", "safetensor"),
         ("no-shard", "model-00002-of-00002.safetensors"),
     ],
@@ -423,7 +452,7 @@ RESUME = {  # name: arguments, what the sentence names
         "--batch-size 10 --updates-per-batch 2 --samples-per-prompt 2 --lr 0.5 --beta1 2 --beta2 2 "
         "--seed 5 --eval-every 7 --filter-unsolved --eval-dataset {dataset}",
         "batch_size updates_per_batch samples_per_prompt lr beta1 beta2 seed eval_every "
-        "filter_unsolved eval_dataset",
+        "filter_unsolved eval_digest",
     ),
     "other values": ("--values {changed}/values.json", "values_digest"),
     "config.json torn": ("", "config.json"),

@@ -184,6 +184,23 @@ def test_a_model_that_never_ends_its_responses_is_noticed_early() -> None:
     engine.check_endings([True] * 5 + ends[5:], 48)
 
 
+def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> None:
+    """In two tokens no response of the fixture's model can end."""
+    prompts = make_prompts(5)
+    with pytest.raises(UserError, match="--max-tokens 2"):
+        engine.sample_all(
+            llm, prompts, [30] * 5, tmp_path / "values", {}, 0, 1.0, 2, must_finish=True
+        )
+
+
+def test_an_old_python_is_told() -> None:
+    code = "import sys; sys.version_info = (3, 10); import apo"
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "3.11" in result.stderr
+
+
 @pytest.mark.parametrize(
     "available, capability, says",
     [(True, (8, 0), None), (True, (7, 5), "compute capability 7.5"), (False, (9, 0), "driver")],

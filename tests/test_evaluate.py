@@ -2,17 +2,26 @@
 
 import itertools
 import json
+import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import (
+    ENV,
     FORK,
     NUM_PROMPTS,
+    ROOT,
     SAMPLING,
     at_once,
+    make_tokenizer,
     read_lines,
     torchrun,
     write_lines,
@@ -184,7 +193,7 @@ HAND_WRITTEN = [
     {"answer": "1", "output": r"so \boxed{1}"},
     {"answer": r"\frac{1}{2}", "output": r"so \boxed{0.5}", "finished": True},
     {"answer": "1", "output": r"so \boxed{1}", "finished": False},
-    {"answer": "1", "output": "so 1"},
+    {"answer": "1", "output": "so 1", "tokens": 12.0, "id": None},
     {"answer": "", "output": r"so \boxed{}", "id": "geometry/7"},
 ]
 
@@ -196,6 +205,27 @@ def test_grade_of_outputs_from_elsewhere(grade: Callable, tmp_path: Path) -> Non
     row = row_of(out, "outputs").split()
     assert row[1] == "5" and "40.0%" in row and "60.0%" in row and "20.0%" in row, row
     assert [path.name for path in tmp_path.iterdir()] == ["outputs.jsonl"]
+
+
+def test_tables_of_pandas_are_graded(grade: Callable, tmp_path: Path) -> None:
+    """They have exact decimals as answers, and numbers of rows like 1.0."""
+    table = pyarrow.table(
+        {"id": [1.0, 2.0], "answer": [Decimal("0.50"), Decimal("2")], "output": [r"\boxed{.5}"] * 2}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "outputs.parquet")
+    assert "50.0%" in row_of(grade(tmp_path / "outputs.parquet"), "outputs")
+
+
+@pytest.mark.parametrize(
+    "shell", ["PYTHONIOENCODING=ascii {python} {command}", "{python} {command} >&-"]
+)
+def test_a_poor_or_closed_terminal_is_no_fault(shell: str, tmp_path: Path) -> None:
+    """ "±" is not in ASCII, and without an output there is nothing to write it to."""
+    path = write_lines(tmp_path / "outputs.jsonl", HAND_WRITTEN)
+    line = shell.format(python=sys.executable, command=f"evaluate.py --grade {path}")
+    result = subprocess.run(line, shell=True, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert ">&-" in shell or "\\xb1" in result.stdout
 
 
 def test_scores_by_hand() -> None:
@@ -254,6 +284,36 @@ def test_the_settings_of_a_run_are_found_beside_its_models(
 
 def parse(*flags: str) -> object:
     return evaluate.make_parser().parse_args(flags)
+
+
+def test_a_link_to_a_trained_model_has_its_settings(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "best").symlink_to(trained_run / "final")
+    assert evaluate.settings_of_run(str(tmp_path / "best")) == TRAINED
+
+
+def test_positions_are_those_of_training_if_there_is_room(model: Path, tmp_path: Path) -> None:
+    """Where they depend on the length, the room for prompts ends where they begin to."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config["rope_parameters"] = rope | {"original_max_position_embeddings": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    for max_tokens, room in (("48", 128 - 48), ("200", 512 - 200)):
+        args = parse("--model", str(folder), "--max-tokens", max_tokens)
+        assert evaluate.room_for_prompt(args) == room
+
+
+def test_cut_prompts_are_told_and_kept_as_they_were_asked(model: Path) -> None:
+    """The context of 512 tokens leaves room for 212 beside a response of 300."""
+    rows = []
+    for length in (1, 2, 400):
+        rows.append({"id": f"{length}", "question": "a" * length, "answer": "1", "_task": "math"})
+    args = parse("--model", str(model), "--max-tokens", "300")
+    made = evaluate.make_benchmark("x.jsonl", rows, args, {}, make_tokenizer())
+    [remark] = [remark for remark in made.remarks if "prompts have more" in remark]
+    assert remark.startswith("x.jsonl: 1 of 3 prompts have more than 212 tokens")
+    assert len(made.prompts[2].ids) == len(made.prompts[2].text) == 212
 
 
 def test_flags_win_over_the_settings_of_the_run() -> None:

@@ -975,6 +975,10 @@ def main():
         raise UserError("--lr is odd")
     if sys.argv[1] == "fault" and rank == "1":
         raise KeyError("of rank 1")
+    if sys.argv[1] == "mistake of one":
+        if rank == "1":
+            raise UserError("--lr is odd")
+        time.sleep(60)
     if sys.argv[1] == "wait":
         print("waiting", flush=True)
         time.sleep(60)
@@ -984,7 +988,7 @@ command_line.run(main)
 """
 
 
-@pytest.mark.parametrize("what", ["fault", pytest.param("mistake", marks=many)])
+@pytest.mark.parametrize("what", ["fault", "mistake of one", pytest.param("mistake", marks=many)])
 def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
     """A rank other than 0 prints its traceback too; a user's mistake is one sentence in all."""
     script = tmp_path / "relaunched.py"

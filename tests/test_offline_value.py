@@ -18,6 +18,7 @@ from conftest import (
     assert_one_error,
     at_once,
     kill,
+    make_tokenizer,
     read_lines,
     spawn,
     stage1_arguments,
@@ -28,6 +29,7 @@ from conftest import (
 
 import offline_value
 from apo import problems
+from apo.files import UserError
 from apo.problems import Prompt
 from losses import optimal_value, value_standard_error
 
@@ -163,6 +165,59 @@ def test_one_sample_has_no_error(run: Callable, model: Path, dataset: Path) -> N
     result = run("offline_value.py", *stage1_arguments(model, dataset), "--max-value-samples", 1)
     assert result.code == 2
     assert_one_error(result.err, says="--max-value-samples 1")
+
+
+@pytest.fixture
+def started(
+    model: Path,
+    dataset: Path,
+    process_group: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Let `offline_value.main` come as far as its checks, without an engine."""
+    monkeypatch.setattr(offline_value.engine, "launch", lambda size: None)
+    monkeypatch.setattr(offline_value.engine, "start_engine", lambda *args: None)
+    monkeypatch.setattr(offline_value, "fitting_prompts", lambda *args: [])
+    monkeypatch.setattr(offline_value.self_check, "sample_for_check", lambda *args: [])
+    words = [*stage1_arguments(model, dataset), "--out", tmp_path / "values.json"]
+    monkeypatch.setattr("sys.argv", ["offline_value.py", *map(str, words)])
+
+
+def test_the_model_is_checked_before_anything_is_sampled(
+    started: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, responses: list) -> None:
+        raise UserError("computed in another way")
+
+    monkeypatch.setattr(offline_value.self_check, "check_model", refuse)
+    monkeypatch.setattr(offline_value.engine, "sample_all", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(UserError, match="another way"):
+        offline_value.main()
+
+
+def test_a_model_that_never_ends_is_noticed_in_stage_1(
+    started: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sampled(Exception):
+        pass
+
+    def sample_all(*args: object, must_finish: bool = False) -> None:
+        assert must_finish
+        raise Sampled
+
+    monkeypatch.setattr(offline_value.self_check, "check_model", lambda *args: None)
+    monkeypatch.setattr(offline_value.engine, "sample_all", sample_all)
+    with pytest.raises(Sampled):
+        offline_value.main()
+
+
+def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline_value.engine, "vocabulary_size", lambda llm: 10)
+    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
+    rows = [{"id": "a", "question": "q", "answer": "1"}]
+    with pytest.raises(UserError, match="embedding"):
+        offline_value.fitting_prompts(llm, rows, problems.PLAIN, 500)
 
 
 def test_finished_file_is_not_made_again_and_never_overwritten(

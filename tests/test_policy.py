@@ -333,18 +333,47 @@ def test_dropout_is_never_on(
     tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout ln pi would be another one each time, also while layers are checkpointed."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    save_lm(tmp_path, attention_dropout=0.5)
+    config = Phi3Config(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        sliding_window=None,
+    )
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
     for checkpointing in (False, True):
         loaded = policy.load_policy(
             tmp_path, policy.make_mesh(), torch.float32, gradient_checkpointing=checkpointing
         )
-        for module in loaded.modules():
-            assert not (module.training and isinstance(module, torch.nn.Dropout))
+        dropouts = [m for m in loaded.modules() if isinstance(m, torch.nn.Dropout)]
+        assert dropouts, "the model has no dropout: this tests nothing"
+        assert not any(module.training for module in dropouts)
         inputs, _ = pack(PROMPTS, RESPONSES)
         once = loaded(temperature=1.0, **inputs)
         assert torch.equal(once, loaded(temperature=1.0, **inputs))
         once.sum().backward()
+
+
+def test_a_checkpoint_copies_what_the_model_needs_alone(tmp_path: Path) -> None:
+    """Folders of the hub hold other formats of the weights beside it, which are as large again."""
+    needed = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    other = ("model.safetensors", "model.safetensors.index.json", "q4.gguf", "pytorch_model.bin")
+    other += ("README.md", "original/consolidated.00.pth", ".git/lfs/x")
+    for name in (*needed, *other):
+        files.write_text(tmp_path / "model" / name, "{}")
+    (tmp_path / "out").mkdir()
+    policy.copy_model_files(tmp_path / "model", tmp_path / "out", torch.float32)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == needed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "marked", "windows"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "marked", "windows", "capitals"])
 def test_local_files(kind: str, tmp_path: Path) -> None:
     """With a byte-order mark, with CR LF, and with U+2028, where str.splitlines would cut."""
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
@@ -191,6 +191,8 @@ def test_local_files(kind: str, tmp_path: Path) -> None:
     elif kind == "windows":
         path.write_bytes("\r\n".join(lines).encode() + b"\r\n")
     else:
+        if kind == "capitals":
+            path = tmp_path / "mine.JSONL"
         path.write_text("\n".join(lines), "utf-8")
     assert load_problems(str(path)) == [row | {"_task": "math"} for row in ROWS]
 

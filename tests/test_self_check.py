@@ -1,5 +1,6 @@
 """Which models are refused, and by what: tiny random models of several architectures."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from apo import self_check
 from apo.engine import Response
 from apo.files import UserError
+from apo.policy import Policy
 from apo.problems import Prompt
 
 SIZES = {
@@ -146,6 +148,56 @@ def test_an_engine_that_disagrees_is_noticed(tmp_path: Path) -> None:
     responses[0].sampler_logp[0] = float("nan")
     with pytest.raises(UserError, match="vLLM"):
         self_check.check_model(folder, responses)
+
+
+class NoisyPolicy(Policy):
+    """A policy whose layers draw random numbers."""
+
+    def forward(self, **inputs: object) -> torch.Tensor:
+        logp = super().forward(**inputs)
+        return logp + 1e-6 * torch.rand_like(logp)
+
+
+@pytest.mark.parametrize(
+    "kind, off, says",
+    [
+        (Policy, 0.0, None),
+        (Policy, 0.02, "disagree"),
+        (Policy, float("nan"), "disagree"),
+        (NoisyPolicy, 0.0, "random numbers"),
+    ],
+)
+def test_the_policy_is_compared_with_the_engine(
+    kind: type[Policy],
+    off: float,
+    says: str | None,
+    process_group: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = save_model(tmp_path, "qwen2")
+    responses = make_responses(folder)
+    for response in responses:
+        response.reward = 0.0
+        response.sampler_logp = [logp + off for logp in response.sampler_logp]
+    monkeypatch.setattr(self_check, "sample_for_check", lambda llm, prompts: responses)
+    monkeypatch.setattr(self_check, "reshard", lambda policy: None)  # it is not sharded
+    self_check.register_packed_attention()
+    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    lm.set_attn_implementation("packed")
+    expected = contextlib.nullcontext() if says is None else pytest.raises(UserError, match=says)
+    with expected:
+        self_check.check_policy(kind(lm), None, [])
+
+
+def test_only_some_responses_are_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every engine samples some, and rank 0 would take long for those of many engines."""
+    taken = []
+    monkeypatch.setattr(self_check, "compare", lambda folder, some: taken.extend(some))
+    self_check.check_model(tmp_path, ["a response"] * 100)
+    assert len(taken) == self_check.NUM_RESPONSES
 
 
 def test_a_folder_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stage 2 as a user runs it: ranks, weight sync, resuming, what it writes, and what a fork adds."""
 
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from conftest import (
 
 import train_online
 from apo import files, problems
+from apo.files import UserError
 from apo.problems import Prompt
 from apo.run_folder import RunLog, describe_seconds
 from losses import optimal_value
@@ -106,7 +108,18 @@ import torch.distributed as dist
 join = dist.init_process_group
 def join_and_break(*args, **kwargs):
     from vllm import LLM
-    LLM.collective_rpc = lambda *args, **kwargs: None
+    sync = LLM.collective_rpc
+    calls = []
+    def lose(llm, name, **options):
+        calls.append(name)
+        weights = options["kwargs"]["weights_iterator"]
+        if sys.argv[-1].endswith("partly"):
+            # One tensor does not arrive.
+            weights = (pair for i, pair in enumerate(weights) if i != 5)
+        elif len(calls) > 1:
+            return None
+        return sync(llm, name, kwargs={"weights_iterator": weights})
+    LLM.collective_rpc = lose
     return join(*args, **kwargs)
 dist.init_process_group = join_and_break
 sys.argv = sys.argv[1:]
@@ -118,24 +131,61 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def broken(
     run: Callable, stage1: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:
-    """Run stage 2 with all syncs lost, and with a learning rate that ruins the weights."""
+    """Run stage 2 with lost weights, and with a learning rate that ruins the weights."""
     folder = tmp_path_factory.mktemp("broken")
     command = ("train_online.py", "--values", stage1.file, *RAGGED.split())
-    lost, ruined = at_once(
-        lambda: run("-c", LOSE_SYNC, *command, "--out", folder / "lost"),
+    later, partly, ruined = at_once(
+        lambda: run("-c", LOSE_SYNC, *command, "--out", folder / "later"),
+        lambda: run("-c", LOSE_SYNC, *command, "--out", folder / "partly"),
         lambda: run(*command, "--lr", "1e38", "--out", folder / "ruined"),
     )
-    return SimpleNamespace(folder=folder, lost=lost, ruined=ruined)
+    return SimpleNamespace(folder=folder, later=later, partly=partly, ruined=ruined)
 
 
 def test_without_the_sync_they_do_not(broken: SimpleNamespace) -> None:
-    """The test above means something: with all syncs lost, the gap is seen, and ends the run."""
-    assert broken.lost.code == 2, broken.lost.all
-    assert_one_error(broken.lost.err, "step 2: logprob_gap")
-    (first,) = read_metrics(broken.folder / "lost")
+    """The test above means something: where syncs are lost, the gap is seen, and ends the run."""
+    assert broken.later.code == 2, broken.later.all
+    assert_one_error(broken.later.err, "step 2: logprob_gap")
+    (first,) = read_metrics(broken.folder / "later")
     assert first["logprob_gap"] < 1e-4
-    folder = broken.folder / "lost" / "checkpoints"
+    folder = broken.folder / "later" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+def test_a_tensor_that_does_not_arrive_ends_the_run_before_a_step(broken: SimpleNamespace) -> None:
+    """At the start the policy is the reference, so an engine that had read it would agree."""
+    assert broken.partly.code == 2, broken.partly.all
+    assert_one_error(broken.partly.err, "right after the engine got the policy's weights")
+    assert read_metrics(broken.folder / "partly") == []
+
+
+@pytest.mark.parametrize(
+    "gap, temperature, stops",
+    [
+        (0.9, 1.0, False),
+        (1.1, 1.0, True),
+        (1.9, 0.5, False),
+        (2.1, 0.5, True),
+        (math.nan, 1.0, True),
+    ],
+)
+def test_a_large_gap_stops_the_run(gap: float, temperature: float, stops: bool) -> None:
+    """Given in units of the bound, which a temperature below 1 raises as it raises the gap."""
+    metrics = {"step": 3, "loss": 0.1, "grad_norm": 0.1}
+    metrics["logprob_gap"] = gap * train_online.LARGEST_GAP
+    expected = pytest.raises(UserError, match="step 3: logprob_gap")
+    with expected if stops else contextlib.nullcontext():
+        train_online.check_metrics(metrics, temperature)
+
+
+def test_beta1_may_be_named_as_it_was_used(stage1: SimpleNamespace, tmp_path: Path) -> None:
+    """--resume compares what is used, not what is typed."""
+    words = ["--values", str(stage1.file), "--batch-size", "6", "--out", str(tmp_path / "run")]
+    configs = []
+    for more in ([], ["--beta1", "0.5"]):
+        args = train_online.make_parser().parse_args([*words, *more])
+        configs.append(train_online.make_config(args, train_online.check(args)))
+    assert configs[0] == configs[1]
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(broken: SimpleNamespace) -> None:
