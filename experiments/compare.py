@@ -4,6 +4,9 @@ Question: which algorithm reaches a given reward with the fewest tokens, and in 
           do V*, N, beta2, the filter and off-policy updates do for it (--ablations)?
 Command:  python -m experiments.compare                  after `make demo`, which makes the toy
           python -m experiments.compare --ablations
+          python -m experiments.compare --task experiments.countdown --model countdown/reference \
+              --dataset countdown --test countdown --max-tokens 160 --num-steps 300 \
+              --goals .3 .4 .5 --work runs/compare-countdown
 Time:     hours on 2 cores. Runs go two at a time, with one thread each. An interrupted comparison
           continues with the runs that are missing.
 Output:   experiments/results/compare.json and compare.png, or ablations.json.
@@ -27,6 +30,7 @@ tokens_to, seconds_to        by goal: what was spent when the reward, smoothed o
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -64,16 +68,16 @@ class Setting(NamedTuple):
     """One row of the results."""
 
     method: str  # its name in the results
-    command: str = "train_online.py"
+    command: str = "train_online"  # and the flags that differ
     value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
     responses: int = 1  # per prompt
     rate_scale: float = 1.0  # of the learning rate
 
 
-BASELINE = "-m experiments.baselines --method"
-MEAN = "train_online.py --beta1 inf"
-ONE_UPDATE = "train_online.py --updates-per-batch 1"
-FOUR_UPDATES = "train_online.py --updates-per-batch 4"
+BASELINE = "baselines --method"
+MEAN = "train_online --beta1 inf"
+ONE_UPDATE = "train_online --updates-per-batch 1"
+FOUR_UPDATES = "train_online --updates-per-batch 4"
 
 COMPARISON = [
     Setting("a_star_po_n8"),
@@ -92,19 +96,19 @@ ABLATIONS = [
     # What stands in V*'s place. At beta1 = 1e-6 it is the best of the N.
     Setting("zero", value_samples=0),
     Setting("mean", MEAN),
-    Setting("beta1_10", "train_online.py --beta1 10"),
-    Setting("beta1_1", "train_online.py --beta1 1"),
-    Setting("beta1_0.1", "train_online.py --beta1 0.1"),
-    Setting("best_of_n", "train_online.py --beta1 1e-6"),
+    Setting("beta1_10", "train_online --beta1 10"),
+    Setting("beta1_1", "train_online --beta1 1"),
+    Setting("beta1_0.1", "train_online --beta1 0.1"),
+    Setting("best_of_n", "train_online --beta1 1e-6"),
     Setting("running", f"{BASELINE} running", value_samples=0),
     Setting("n_1", value_samples=1),
     Setting("n_2", value_samples=2),
     Setting("n_4", value_samples=4),
     Setting("n_32", value_samples=32),
-    Setting("beta2_1e-4", "train_online.py --beta2 1e-4"),
-    Setting("beta2_1e-2", "train_online.py --beta2 1e-2"),
-    Setting("beta2_1e-1", "train_online.py --beta2 1e-1"),
-    Setting("filter_unsolved", "train_online.py --filter-unsolved"),
+    Setting("beta2_1e-4", "train_online --beta2 1e-4"),
+    Setting("beta2_1e-2", "train_online --beta2 1e-2"),
+    Setting("beta2_1e-1", "train_online --beta2 1e-1"),
+    Setting("filter_unsolved", "train_online --filter-unsolved"),
     # With one learning rate, more updates move the policy further. The scaled rows divide it by the
     # number of updates. They differ in how far off-policy the later updates are, where V* is a
     # target and not only a baseline.
@@ -169,10 +173,21 @@ def run_jobs(jobs: list[Job]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
+def stage_command(args: argparse.Namespace, command: str) -> list[str]:
+    """Write how python is to be called for a stage, or for the baselines, on the task."""
+    stage, *flags = command.split()
+    if args.task is not None:
+        return ["-m", args.task, stage, *flags]
+    if stage == "baselines":
+        return ["-m", "experiments.baselines", *flags]
+    return [f"{stage}.py", *flags]
+
+
 def stage1_job(args: argparse.Namespace, num_samples: int) -> Job:
     """Sample N responses per prompt from the reference."""
     folder = args.work / f"values-{num_samples}"
-    command = ["offline_value.py", "--model", args.model, "--dataset", args.dataset]
+    command = stage_command(args, "offline_value")
+    command += ["--model", args.model, "--dataset", args.dataset]
     command += ["--max-tokens", str(args.max_tokens), "--num-value-samples", str(num_samples)]
     command += ["--out", str(folder / "values.json")]
     return Job(command, folder, "values.json")
@@ -194,7 +209,8 @@ def train_job(args: argparse.Namespace, setting: Setting, rate: float, seed: int
     name += f"-n{setting.value_samples}-x{setting.responses}-lr{rate:g}-seed{seed}"
     folder = args.work / name
     values = args.work / f"values-{setting.value_samples}" / "values.json"
-    command = [*setting.command.split(), "--values", str(values), "--out", str(folder)]
+    command = stage_command(args, setting.command)
+    command += ["--values", str(values), "--out", str(folder)]
     command += ["--lr", f"{rate:g}", "--seed", str(seed), "--num-steps", str(args.num_steps)]
     command += ["--batch-size", str(args.rollout_size // setting.responses)]
     command += ["--samples-per-prompt", str(setting.responses)]
@@ -205,7 +221,8 @@ def train_job(args: argparse.Namespace, setting: Setting, rate: float, seed: int
 def evaluate_job(args: argparse.Namespace, trained: Path) -> Job:
     """Sample the trained model's answers to the test problems."""
     folder = Path(f"{trained}-eval")
-    command = ["evaluate.py", "--model", str(trained / "final"), "--benchmarks", args.test]
+    command = stage_command(args, "evaluate")
+    command += ["--model", str(trained / "final"), "--benchmarks", args.test]
     command += ["--temperature", "1", "--num-samples", str(args.eval_samples)]
     return Job([*command, "--out", str(folder)], folder, "summary.json")
 
@@ -345,6 +362,7 @@ def parse_args() -> argparse.Namespace:
     number = command_line.positive_integer
     add("--ablations", action="store_true", help="vary A*-PO: 3 seeds, lr 1e-4, 8 test samples")
     add("--only", nargs="+", metavar="METHOD", help="make these rows alone")
+    add("--task", metavar="MODULE", help="module of a task, which runs the stages on it")
     add("--model", default="toy/reference", help="the reference")
     add("--dataset", default="toy/train.jsonl", help="training problems")
     add("--test", default="toy/test.jsonl", help="test problems")
@@ -387,6 +405,8 @@ def main() -> None:
     """Run what is missing, then write the results."""
     args = parse_args()
     settings = choose_settings(args)
+    if args.task is not None:
+        importlib.import_module(args.task)  # which adds the task to problems.DATASETS
     rows = problems.load_problems(args.dataset, "train")
     fingerprint = files.model_fingerprint(files.model_folder(args.model))
     # Runs on another model or other problems are other runs.

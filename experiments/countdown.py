@@ -356,7 +356,13 @@ def draw_batches(
 # ---------------------------------------------------------------------------------------------
 # 4. The commands
 
-STAGES = ("offline_value", "train_online", "evaluate")
+# What can be run on this task: the second word of the command, and its module.
+STAGES = {
+    "offline_value": "offline_value",
+    "train_online": "train_online",
+    "baselines": "experiments.baselines",
+    "evaluate": "evaluate",
+}
 USAGE = f"python -m experiments.countdown make|{'|'.join(STAGES)} [flags]"
 
 
@@ -422,7 +428,7 @@ def main() -> None:
     if command == "make":
         make()
     else:
-        importlib.import_module(command).main()
+        importlib.import_module(STAGES[command]).main()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from apo.engine import Response
 from apo.files import UserError
 from apo.policy import MicroBatch, add_ref_logp, load_policy
 from apo.problems import Prompt
-from experiments import baselines, compare
+from experiments import baselines, compare, countdown
 from train_online import Algorithm
 
 FLOAT64 = torch.float64
@@ -606,6 +606,19 @@ def test_rows_differ_in_what_they_run():
         assert len({setting._replace(method="") for setting in settings}) == len(settings)
     names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
     assert [setting.method for setting in compare.COMPARISON] == names.split()
+
+
+def test_a_task_of_ones_own_runs_through_its_module():
+    ours = SimpleNamespace(task=None)
+    theirs = SimpleNamespace(task="experiments.countdown")
+    grpo = "baselines --method grpo"
+    assert compare.stage_command(ours, "train_online --beta1 inf")[0] == "train_online.py"
+    assert compare.stage_command(ours, grpo)[:2] == ["-m", "experiments.baselines"]
+    command = compare.stage_command(theirs, grpo)
+    assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
+    for settings in (compare.COMPARISON, compare.ABLATIONS):
+        for setting in settings:
+            assert setting.command.split()[0] in countdown.STAGES
 
 
 def fake_job(job: compare.Job) -> None:

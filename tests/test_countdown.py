@@ -466,7 +466,7 @@ def test_make_does_not_write_over_a_reference(made, monkeypatch):
 @pytest.mark.parametrize("stage", countdown.STAGES)
 def test_the_second_word_runs_a_stage_with_the_other_arguments(stage, monkeypatch):
     seen = []
-    module = importlib.import_module(stage)
+    module = importlib.import_module(countdown.STAGES[stage])
     monkeypatch.setattr(module, "main", lambda: seen.append((list(sys.argv), countdown.TASK)))
     monkeypatch.setattr(sys, "argv", ["countdown.py", stage, "--seed", "3"])
     countdown.main()
