@@ -99,8 +99,8 @@ def check_gpus(num_gpus: int) -> None:
     if not torch.cuda.is_available():
         raise UserError(
             f"the NVIDIA driver of this machine is too old for CUDA {torch.version.cuda}, with "
-            "which this torch was built: update it (CUDA 13 needs 580 or newer), or hide the GPUs "
-            "with CUDA_VISIBLE_DEVICES= to use the CPU"
+            "which this torch was built: update it (CUDA 13 needs 580 or newer), or remove .venv and "
+            "use the CPU: make demo KIND=cpu"
         )
     for number in range(num_gpus):
         major, minor = torch.cuda.get_device_capability(number)
@@ -470,7 +470,7 @@ def sample_all(
 
     rank = torch.distributed.get_rank()
     folder = partial_folder(out)
-    file = files.lock(folder / f"{rank}.jsonl")
+    file = files.open_locked(folder / f"{rank}.jsonl")
     # Rank 0 reads what an earlier run left, for all: other machines may not see its files yet.
     done = {}
     for record in on_rank_0(read_partial, folder, identity):

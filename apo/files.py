@@ -124,7 +124,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(path: Path) -> TextIO:
+def open_locked(path: Path) -> TextIO:
     """Open a JSONL file for appending, for this process alone.
 
     A torn last line, which a kill can leave, is dropped first. Raises UserError if another process

@@ -77,8 +77,8 @@ class RunLog:
 
     def open(self) -> None:
         """Open both files, for this process alone."""
-        self.metrics_file = files.lock(self.out / "metrics.jsonl")
-        self.samples_file = files.lock(self.out / "samples.jsonl")
+        self.metrics_file = files.open_locked(self.out / "metrics.jsonl")
+        self.samples_file = files.open_locked(self.out / "samples.jsonl")
 
     def forget_after(self, last_step: int) -> None:
         """Drop the lines of steps that run again; without a checkpoint, of all of them.

@@ -559,7 +559,7 @@ def test_torn_line_of_a_partial_file_is_dropped_alone(partial):
         path.write_bytes(content[:length])
         kept = [row for row in engine.read_partial(partial, IDENTITY) if row["sample"] == 1]
         assert len(kept) - content[:length].count(b"\n") in (0, 1), "only a whole line counts"
-        with files.lock(path):
+        with files.open_locked(path):
             assert whole_rows(path) == kept[: content[:length].count(b"\n")]
             assert path.read_bytes()[-1:] in (b"", b"\n")
 

@@ -68,13 +68,13 @@ def test_torn_lines_are_skipped_where_a_kill_can_leave_them(tmp_path: Path) -> N
 
 def test_a_locked_file_belongs_to_one_run(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
-    first = files.lock(path)
+    first = files.open_locked(path)
     first.write('{"step": 1}\n{"st')
     first.flush()
     with pytest.raises(UserError, match=r"metrics\.jsonl is in use"):
-        files.lock(path)
+        files.open_locked(path)
     first.close()
-    second = files.lock(path)  # as if the first had been killed
+    second = files.open_locked(path)  # as if the first had been killed
     second.write('{"step": 2}\n')
     second.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
