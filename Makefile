@@ -1,6 +1,6 @@
 # make demo            all three stages on a toy, on a laptop; SEED=1 for another toy
-# make real            all three stages on a pretrained model, on a laptop (an hour on an old one;
-#                      it goes on where it was stopped). With HF_HUB_OFFLINE=0 it is asked of the hub
+# make real            all three stages on a pretrained model, on a laptop (up to 70 minutes; it goes
+#                      on where it was stopped). With HF_HUB_OFFLINE=0 it is asked of the hub
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)

