@@ -185,11 +185,15 @@ def test_a_model_that_never_ends_its_responses_is_noticed_early() -> None:
 
 
 def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> None:
-    """In two tokens no response of the fixture's model can end."""
+    """In two tokens no response of the fixture's model can end.
+
+    It stops at the last of NUM_FIRST responses, so that the engine is empty for other tests.
+    """
     prompts = make_prompts(5)
+    counts = [engine.NUM_FIRST // 5] * 5
     with pytest.raises(UserError, match="--max-tokens 2"):
         engine.sample_all(
-            llm, prompts, [30] * 5, tmp_path / "values", {}, 0, 1.0, 2, must_finish=True
+            llm, prompts, counts, tmp_path / "values", {}, 0, 1.0, 2, must_finish=True
         )
 
 
