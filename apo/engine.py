@@ -99,8 +99,8 @@ def check_gpus(num_gpus: int) -> None:
     if not torch.cuda.is_available():
         raise UserError(
             f"the NVIDIA driver of this machine is too old for CUDA {torch.version.cuda}, with "
-            "which this torch was built: update it (CUDA 13 needs 580 or newer), or remove .venv and "
-            "use the CPU: make demo KIND=cpu"
+            "which this torch was built: update it (CUDA 13 needs 580 or newer), or remove .venv "
+            "and use the CPU: make demo KIND=cpu"
         )
     for number in range(num_gpus):
         major, minor = torch.cuda.get_device_capability(number)
