@@ -5,7 +5,8 @@ states. An architecture that needs anything else (a window, scaled logits, a sta
 from token to token) would train without an error, but on a wrong distribution. So three things are
 checked, and none of them knows architectures by name:
 
-1. `check_config`, before the engine starts: what the config says and a short test cannot show.
+1. `check_config`, before the engine starts: what the config says and a short test cannot show, and
+   whether the model is made of layers as the trainer expects.
 2. `check_model`, on rank 0: ln pi of packed sequences is that of each sequence alone through the
    plain model, and that of the engine.
 3. `check_policy`, in stage 2: ln pi by the sharded policy is that of the engine, which has just got
@@ -60,7 +61,7 @@ WINDOWS = (
 
 
 def check_config(folder: Path, longest: int) -> None:
-    """Raise UserError for what a short test cannot show.
+    """Raise UserError for what a short test cannot show, and for another kind of model.
 
     `longest` is the number of tokens of the longest prompt and response together.
     """
@@ -74,6 +75,20 @@ def check_config(folder: Path, longest: int) -> None:
     ):
         if reason is not None:
             raise UserError(f"{folder} ({config.get('model_type')}) is not supported: {reason}")
+    check_layers(folder)
+
+
+def check_layers(folder: Path) -> None:
+    """Raise UserError unless the layers are where the trainer looks for them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without weights
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    if not hasattr(lm.base_model, "layers"):
+        raise UserError(
+            f"{folder} ({lm.config.model_type}) is not supported: its layers are not where the "
+            "trainer looks for them (base_model.layers)"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -210,11 +225,6 @@ def compare(folder: Path, responses: list[Response]) -> None:
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if not hasattr(lm.base_model, "layers"):
-        raise UserError(
-            f"{folder} ({lm.config.model_type}) is not supported: its layers are not where the "
-            "trainer looks for them (base_model.layers)"
-        )
     with torch.no_grad():
         alone = torch.cat([plain_logprobs(lm, response) for response in responses])
         packed = packed_logprobs(lm, responses)

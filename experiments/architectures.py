@@ -1,6 +1,6 @@
 """Which architectures can be trained? A tiny random model of each runs through the stages.
 
-    python -m experiments.architectures          all: about 25 minutes on one core
+    python -m experiments.architectures          all: an hour on one core
     python -m experiments.architectures Qwen3    one of them
 
 If it is stopped and started again, it goes on with the next one.
