@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import spawn
 from safetensors.torch import save_file
 
 from apo import files
@@ -78,6 +79,28 @@ def test_a_locked_file_belongs_to_one_run(tmp_path: Path) -> None:
     second.write('{"step": 2}\n')
     second.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_whose_output_was_closed_leaves_its_file(tmp_path: Path) -> None:
+    """As in `python train_online.py | head`: the run ends, and the next one can have the folder."""
+    path = tmp_path / "metrics.jsonl"
+    code = f"""
+from pathlib import Path
+from apo import command_line, files, math_reward
+
+def main():
+    file = files.open_locked(Path({str(path)!r}))
+    math_reward.grade([r"\\boxed{{y+x}}"], ["x+y"])  # its workers must not keep the file
+    while True:
+        print("step")
+
+command_line.run(main)
+"""
+    process = spawn("-c", code)
+    assert process.stdout.readline() == "step\n"
+    process.stdout.close()
+    process.wait(timeout=300)
+    files.open_locked(path).close()
 
 
 def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> None:
