@@ -82,7 +82,7 @@ test: $(ENVIRONMENT)
 
 test-faults: $(ENVIRONMENT)
 	set -o pipefail; $(RUN) -m pytest -v -rP -m "faults or not faults" tests/test_faults.py \
-	    tests/test_bad_input.py 2>&1 | tee experiments/results/faults.txt
+	    tests/test_bad_input.py tests/test_architectures.py 2>&1 | tee experiments/results/faults.txt
 
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .

@@ -109,6 +109,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 4, window of 8": ("gemma4_text", HEAD_DIM | {"sliding_window": 8}),
     "Phi-2": ("phi", FULL_HEADS),
     "Phi-3": ("phi3", {"sliding_window": None}),
+    "Phi-3, window of 8": ("phi3", {"sliding_window": 8}),
     "Phi-3, dropout": ("phi3", {"sliding_window": None, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
     "Phi-3, longrope": ("phi3", rope(LONGROPE) | {"original_max_position_embeddings": 256}),
     "Phi-3, beyond its longrope": (

@@ -1,5 +1,8 @@
 """The table of architectures: what can be checked of it without an engine, and that docs agree."""
 
+import json
+from pathlib import Path
+
 import pytest
 from conftest import ROOT
 from test_self_check import make_responses
@@ -41,3 +44,14 @@ def test_each_is_judged_as_the_table_says(
     except UserError:
         refused = True
     assert refused == (OUTCOMES[name] == "refused")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SmolLM3", *BY_THE_ENGINE])
+def test_some_are_taken_through_the_stages(name: str, tmp_path: Path) -> None:
+    """SmolLM3 is one of those that vLLM builds from transformers' own classes."""
+    data = tmp_path / "problems.jsonl"
+    rows = [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdict = architectures.judge(name, tmp_path, data)
+    assert verdict.outcome == OUTCOMES[name], verdict
