@@ -221,7 +221,7 @@ def work() -> None:
     """Run as a worker: read pairs from stdin, write a reward for each, until stdin closes."""
     # More memory raises MemoryError here, before the machine runs out.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # The parser is slow until it has seen most of its grammar, and sympy until it has computed once.
+    # The parser is slow until it has seen most of its grammar, and sympy until its first numbers.
     # That must not count against the first pair.
     by_algebra(r"\frac{x^{2}}{\sqrt[3]{8}}-\frac{2\pi}{3}=1", r"(x-1)(x+1)=\frac{4\pi}{3}+\sin x")
     by_algebra(r"\frac{x^{2}+2}{\sqrt{2}}", r"(2+x^{2})\cdot 2^{-1/2}")
