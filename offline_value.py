@@ -291,6 +291,7 @@ def sample_values(
             new_counts.append(samples_wanted(of_prompt, args))
         if new_counts == counts:
             return records_of_prompts
+        # All records so far are on the disk: `sample_all` draws only what the new counts add.
         counts = new_counts
 
 
@@ -308,7 +309,7 @@ def main() -> None:
     if args.max_value_samples == 1:
         raise UserError("--max-value-samples 1: one sample has no error, so give 2 or more, or 0")
 
-    # Everything that can be wrong is checked before the engine starts.
+    # 1. The rows of the prompts. Everything that can be wrong is checked before the engine starts.
     files.check_writable(args.out)
     loaded = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows, reasons = problems.keep_gradable(args.dataset, loaded)
@@ -326,6 +327,7 @@ def main() -> None:
     if rank == 0:
         for reason in reasons:
             print(f"dropped {reason}")
+    # An earlier run may have finished the file, and any other run's file is refused.
     out = Path(args.out)
     identity = make_identity(args, rows, style)
     finished = engine.on_rank_0(read_finished, out, identity)
@@ -334,6 +336,7 @@ def main() -> None:
             print_summary(finished["header"], finished["prompts"])
         return
 
+    # One engine for each rank. It has the tokenizer, so the prompts can be made and measured now.
     llm = engine.start_engine(
         args.model,
         max_model_len,
@@ -345,8 +348,11 @@ def main() -> None:
     # What stage 2 could not train is refused now, and not after hours of sampling.
     responses = self_check.sample_for_check(llm, prompts)
     engine.on_rank_0(self_check.check_model, files.model_folder(args.model), responses)
+
+    # 2. and 3. Sample and score. Every rank does its share, and then has the records of all.
     records = sample_values(llm, prompts, out, identity, args)
 
+    # 4. V*, and the file.
     if rank == 0:
         entries = []
         for prompt, of_prompt in zip(prompts, records, strict=True):

@@ -268,6 +268,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             run.policy.load_into(run.llm)
             engine.restore_cache(run.llm)
 
+        # The step ends here. What follows is not counted in its seconds.
         metrics["seconds_total"] = time.perf_counter() - start
         metrics |= summarize(responses, metrics["seconds_total"])
         check_metrics(metrics, temperature)
