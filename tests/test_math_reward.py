@@ -529,6 +529,26 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
     subprocess.run(command, check=True, timeout=900, cwd=tmp_path, env=environment)
 
 
+@pytest.mark.parametrize(
+    "opening, closing",
+    [
+        ("<think>", "</think>"),
+        ("<thinking>", "</thinking>"),
+        ("<thought>", "</thought>"),
+        ("<reasoning>", "</reasoning>"),
+        ("<seed:think>", "</seed:think>"),
+        ("[THINK]", "[/THINK]"),
+    ],
+)
+def test_a_thought_is_no_answer(opening: str, closing: str) -> None:
+    thought = opening + boxed("5")
+    assert grade([thought, thought + closing, thought + closing + boxed("5")], ["5"] * 3) == [
+        0,
+        0,
+        1,
+    ]
+
+
 def test_results_come_in_order() -> None:
     answers = [str(n) if n % 3 else rf"\sqrt{{{n * n}}}" for n in range(90)]
     responses = [boxed(str(n if n % 2 else n + 1)) for n in range(90)]
