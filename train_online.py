@@ -507,9 +507,9 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
     if progress.checkpoint is not None:
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
-    self_check.check_policy(policy, llm, prompts)
+    responses = self_check.sample_for_check(llm, prompts)
+    self_check.check_policy(policy, responses)
     if progress.checkpoint is None:  # the engine has the reference's weights
-        responses = self_check.sample_for_check(llm, prompts)
         engine.on_rank_0(self_check.check_model, reference, responses)
 
     if dist.get_rank() == 0 and args.tracker:

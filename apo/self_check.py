@@ -221,7 +221,7 @@ def check_model(folder: Path, responses: list[Response]) -> None:
 
 
 def compare(folder: Path, responses: list[Response]) -> None:
-    """Do what `check_model` says."""
+    """Raise UserError as `check_model` says; the number of threads is its caller's matter."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -280,13 +280,12 @@ def mean_gap(logp: Tensor, other: Tensor) -> float:
     return float("inf") if math.isnan(gap) else gap
 
 
-def check_policy(policy: Policy, llm: Any, prompts: list[Prompt]) -> None:
-    """Compare ln pi by the sharded policy and by the engine, after the engine got its weights.
+def check_policy(policy: Policy, responses: list[Response]) -> None:
+    """Compare ln pi by the sharded policy and by the engine, which has just got its weights.
 
-    The same input must also give the same ln pi twice. All ranks call it together. Raises UserError
-    if the results disagree.
+    `responses` are what it has sampled since then. The same input must also give the same ln pi
+    twice. All ranks call it together. Raises UserError if the results disagree.
     """
-    responses = sample_for_check(llm, prompts)
     with torch.no_grad():
         for batch in make_micro_batches(responses, temperature=1.0, budget=MICRO_BATCH_TOKENS):
             logp = policy(**batch.inputs)

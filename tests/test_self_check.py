@@ -180,14 +180,13 @@ def test_the_policy_is_compared_with_the_engine(
     for response in responses:
         response.reward = 0.0
         response.sampler_logp = [logp + off for logp in response.sampler_logp]
-    monkeypatch.setattr(self_check, "sample_for_check", lambda llm, prompts: responses)
     monkeypatch.setattr(self_check, "reshard", lambda policy: None)  # it is not sharded
     self_check.register_packed_attention()
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()
     lm.set_attn_implementation("packed")
     expected = contextlib.nullcontext() if says is None else pytest.raises(UserError, match=says)
     with expected:
-        self_check.check_policy(kind(lm), None, [])
+        self_check.check_policy(kind(lm), responses)
 
 
 def test_only_some_responses_are_computed_again(
