@@ -5,7 +5,7 @@
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
 # make results         the theory and the comparison (hours; it goes on where it was stopped)
-# make ablations       the ablations (hours; it goes on where it was stopped)
+# make ablations       the ablations, and off-policy data (hours; it goes on where it was stopped)
 # make clean           remove what the above made
 #
 # Each makes the environment in .venv/ first, if it is missing or older than its requirements file.
@@ -90,18 +90,17 @@ lint: $(ENVIRONMENT)
 
 # A second thread hardly helps so small a model.
 results ablations: export OMP_NUM_THREADS := 1
-results: $(ENVIRONMENT) toy/values.json
+results: $(ENVIRONMENT) countdown/reference
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.regret
 	$(RUN) -m experiments.compare
 
-ablations: $(ENVIRONMENT) toy/values.json
-	$(RUN) -m experiments.compare --ablations
+ablations: $(ENVIRONMENT) countdown/reference
+	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
+	$(RUN) -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 
-toy/values.json: | $(ENVIRONMENT)
-	$(RUN) -m experiments.toy --out toy --seed 0 --keep
-	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
-	    --seed 0 --out toy/values.json
+countdown/reference: | $(ENVIRONMENT)
+	$(RUN) -m experiments.countdown make
 
 # A half-finished install keeps another name.
 .venv/smollm: | $(ENVIRONMENT)

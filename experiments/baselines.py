@@ -2,7 +2,7 @@
 
 Question: what does another algorithm change in the training loop?
 Command:  python -m experiments.baselines --method grpo --values toy/values.json --out runs/grpo
-          with the flags of train_online.py. --beta1 and --beta2 act in `running` alone.
+          with the flags of train_online.py. --beta1 and --beta2 are for `running` and `replay`.
 Time:     that of train_online.py for as many responses. PPO trains a second model, its critic.
 Output:   a run folder like that of train_online.py. Prompts come from the values file.
 Answer:   a loss of a few lines, and what that loss needs. The loop stays the same.
@@ -15,19 +15,20 @@ REBEL             2  the pair's other one    the reward     the log-ratio   pair
 PPO               1  a critic's value        the reward     the ratio       tokens
 
 pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of the online
-rewards takes the place of V*.
+rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
 All make one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1 and use
 AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
 
 - One pass over each rollout, where TRL's PPO and REBEL's authors make four.
-- GRPO's KL term is the published one, with beta = 0.04. TRL 1.16 has beta = 0.
+- GRPO's KL term is the published one, with weight 0.04. TRL 1.16 has 0. (--kl-weight)
 - PPO's critic has an optimizer of its own, so there is no vf_coef.
 
 ln pi_t is computed by the trainer, not by the engine.
 """
 
 import argparse
+import collections
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,14 +48,15 @@ from apo.policy import DEVICE, MicroBatch, Policy, shard
 from train_online import Algorithm, TrainingData
 
 EPSILON = 0.2  # GRPO's clip range
-BETA = 0.04  # weight of GRPO's KL term (DeepSeekMath, section 4.2)
+GRPO_KL_WEIGHT = 0.04  # of k3 in the loss of each token (DeepSeekMath, section 4.2)
 ETA = 1.0  # REBEL's step size (the authors' default on TL;DR)
 GAMMA = 1.0  # PPO's discount
 LAMBDA = 0.95  # PPO's lambda of GAE
 CLIP_RATIO = 0.2  # PPO's clip range of the ratio
 CLIP_VALUE = 0.2  # PPO's clip range of the value
-KL_COEF = 0.05  # PPO and REBEL: weight of -ln(pi_t / pi_ref) in the reward, as in TRL and REBEL
+KL_WEIGHT = 0.05  # PPO and REBEL: of -ln(pi_t / pi_ref) in the reward, as in TRL and REBEL
 CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
+REPLAYED = 4  # `replay`: how often a rollout is used
 MEMORY = 0.9  # `running`: weight of the rewards before the present step
 
 # ---------------------------------------------------------------------------------------------
@@ -80,14 +82,20 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
-def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor) -> Tensor:
-    """Return -min(w A, clip(w) A) + beta k3 of each token, w = pi / pi_t; all (R,).
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor,
+    advantages: Tensor,
+    kl_weight: float = GRPO_KL_WEIGHT,
+) -> Tensor:
+    """Return -min(w A, clip(w) A) + kl_weight k3 of each token, w = pi / pi_t; all (R,).
 
     Shao et al. 2024, eq. (3) and (4), with k3 = pi_ref / pi - ln(pi_ref / pi) - 1.
     """
     check_shapes(logp, old_logp, ref_logp, advantages)
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
-    return ppo_loss(logp, old_logp, advantages, EPSILON) + BETA * k3
+    return ppo_loss(logp, old_logp, advantages, EPSILON) + kl_weight * k3
 
 
 def rebel_loss(logratio: Tensor, rewards: Tensor, eta: float = ETA) -> Tensor:
@@ -128,14 +136,20 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
-def token_rewards(rewards: Tensor, old_logp: Tensor, ref_logp: Tensor, lengths: Tensor) -> Tensor:
-    """PPO's reward of each token: -KL_COEF ln(pi_t / pi_ref), plus r at the last token.
+def token_rewards(
+    rewards: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor,
+    lengths: Tensor,
+    kl_weight: float = KL_WEIGHT,
+) -> Tensor:
+    """PPO's reward of each token: -kl_weight ln(pi_t / pi_ref), plus r at the last token.
 
     Takes rewards and lengths (B,), log-probs (R,); returns (R,). Ziegler et al. 2019
     (arXiv 1909.08593), eq. (2), with its KL spread over the tokens as in TRL.
     """
     check_shapes(old_logp, ref_logp)
-    result = -KL_COEF * (old_logp - ref_logp)
+    result = -kl_weight * (old_logp - ref_logp)
     last_tokens = lengths.cumsum(0) - 1
     result[last_tokens] += rewards
     return result
@@ -214,7 +228,7 @@ def get_old_logp(batch: MicroBatch, token_logp: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# GRPO, REBEL and `running`
+# GRPO, REBEL, `running` and `replay`
 
 
 def grpo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
@@ -234,7 +248,7 @@ def grpo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
     def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         old_logp = get_old_logp(batch, token_logp)
         advantages = for_each_token(batch.numbers["advantage"], batch)
-        token_losses = grpo_loss(token_logp, old_logp, batch.ref_logp, advantages)
+        token_losses = grpo_loss(token_logp, old_logp, batch.ref_logp, advantages, args.kl_weight)
         return token_mean(token_losses, batch), logratio_to_ref(batch, token_logp)
 
     return Algorithm(loss, credit=credit, prepare=add_old_logp)
@@ -247,7 +261,7 @@ def rebel(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         old_logp = get_old_logp(batch, token_logp)
         logratio = losses.sequence_logprob(token_logp - old_logp, batch.lengths)
         kl = losses.sequence_logprob(old_logp - batch.ref_logp, batch.lengths)
-        rewards = batch.rewards - KL_COEF * kl
+        rewards = batch.rewards - args.kl_weight * kl
         pair_losses = rebel_loss(logratio.view(-1, 2), rewards.view(-1, 2))
         # Both sequences of a pair get its loss, so that the mean over sequences is that over pairs.
         return pair_losses.repeat_interleave(2), logratio_to_ref(batch, token_logp)
@@ -269,6 +283,22 @@ def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         mean = MEMORY * mean + (1 - MEMORY) * step_mean
 
     return train_online.a_star_po(args.beta2)._replace(credit=credit)
+
+
+def replay(args: argparse.Namespace, data: TrainingData) -> Algorithm:
+    """A*-PO that uses each rollout in the step that samples it, and again in the next three.
+
+    It shows what V* does for off-policy data. Nothing else is needed: the loss has no ratio to the
+    policy that sampled, and ln pi_ref of a response stays what it is.
+    """
+    old_updates = collections.deque(maxlen=(REPLAYED - 1) * args.updates_per_batch)
+
+    def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
+        new_updates = list(updates)
+        updates.extend(old_updates)
+        old_updates.extend(new_updates)
+
+    return train_online.a_star_po(args.beta2)._replace(prepare=prepare)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -344,7 +374,9 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
             for batch in all_batches:
                 old_logp = policy(**batch.inputs)
                 values = critic(**batch.inputs)
-                rewards = token_rewards(batch.rewards, old_logp, batch.ref_logp, batch.lengths)
+                rewards = token_rewards(
+                    batch.rewards, old_logp, batch.ref_logp, batch.lengths, args.kl_weight
+                )
                 advantages, returns = gae(rewards, values, batch.lengths)
                 batch.extra["old_logp"] = old_logp
                 batch.extra["old_values"] = values
@@ -370,15 +402,17 @@ class Method(NamedTuple):
 
     make: Callable[[argparse.Namespace, TrainingData], Algorithm]
     samples_per_prompt: int  # unless --samples-per-prompt is given
+    kl_weight: float | None  # unless --kl-weight is given; None: it has --beta2 instead
     # Whether a run can be resumed: not if the method keeps something that no checkpoint has.
     can_resume: bool = True
 
 
 METHODS = {
-    "grpo": Method(grpo, samples_per_prompt=8),
-    "rebel": Method(rebel, samples_per_prompt=2),
-    "ppo": Method(ppo, samples_per_prompt=1, can_resume=False),
-    "running": Method(running, samples_per_prompt=1, can_resume=False),
+    "grpo": Method(grpo, samples_per_prompt=8, kl_weight=GRPO_KL_WEIGHT),
+    "rebel": Method(rebel, samples_per_prompt=2, kl_weight=KL_WEIGHT),
+    "ppo": Method(ppo, samples_per_prompt=1, kl_weight=KL_WEIGHT, can_resume=False),
+    "running": Method(running, samples_per_prompt=1, kl_weight=None, can_resume=False),
+    "replay": Method(replay, samples_per_prompt=1, kl_weight=None, can_resume=False),
 }
 
 
@@ -389,14 +423,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.epilog = None
     group = parser.add_argument_group("baseline")
     group.add_argument("--method", choices=METHODS, required=True, help="what to train with")
+    group.add_argument(
+        "--kl-weight",
+        type=float,
+        help="weight of the KL term, if not that of the method's authors",
+    )
     # None stands for the method's own number.
     parser.set_defaults(samples_per_prompt=None)
     return parser
 
 
 def check_method(args: argparse.Namespace) -> None:
-    """Fill in --samples-per-prompt; raise UserError for what the method cannot do."""
+    """Fill in the method's own numbers; raise UserError for what it cannot do."""
     method = METHODS[args.method]
+    if method.kl_weight is None and args.kl_weight is not None:
+        raise UserError(f"{args.method} has no --kl-weight: use --beta2")
+    if args.kl_weight is None:
+        args.kl_weight = method.kl_weight
+    elif not 0 <= args.kl_weight < float("inf"):
+        raise UserError(f"--kl-weight {args.kl_weight} is not a number of at least 0")
     if args.samples_per_prompt is None:
         args.samples_per_prompt = method.samples_per_prompt
     if args.method == "grpo" and args.samples_per_prompt < 2:

@@ -1,21 +1,23 @@
 """Compare A*-PO with other algorithms, and with itself under other settings.
 
 Question: which algorithm reaches a given reward with the fewest tokens, and in the least time? What
-          do V*, N, beta2, the filter and off-policy updates do for it (--ablations)?
-Command:  python -m experiments.compare                  after `make demo`, which makes the toy
-          python -m experiments.compare --ablations
-          python -m experiments.compare --task experiments.countdown --model countdown/reference \
-              --dataset countdown --test countdown --max-tokens 160 --num-steps 300 \
-              --goals .3 .4 .5 --work runs/compare-countdown
+          do V*, N and off-policy data do for A*-PO?
+Command:  python -m experiments.countdown make           the task and its reference
+          python -m experiments.compare
+          python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
+          python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Runs go two at a time, with one thread each. An interrupted comparison
           continues with the runs that are missing.
-Output:   experiments/results/compare.json and compare.png, or ablations.json.
+Output:   compare.json, .txt and .png in experiments/results; or ablations and off-policy, .json and
+          .txt. They are written after each seed.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
-eighth of the prompts. Each method first tries all learning rates with a seed that is not reported,
-and keeps the rate with the highest mean reward over the run. The ablations have one rate.
+eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss, with
+four runs of a seed that is not reported: each rate with the smaller weight, then the best rate with
+the larger weight. The run with the highest mean reward counts. The rows of A*-PO have one loss, and
+so have the two of GRPO.
 
 The results are a list with one entry for each method. Pairs are the mean over the seeds and its
 standard error:
@@ -25,6 +27,7 @@ tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 
 reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
 pass_at_1, pass_at_64        of the trained model on the test problems, at temperature 1
 kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
+kl_other, reward_other       on problems with two numbers, which training has not seen
 tokens_to, seconds_to        by goal: what was spent when the reward, smoothed over SMOOTHING steps,
                              reached it; null unless every run reached it
 """
@@ -58,7 +61,7 @@ from experiments.plot import COLOURS, smooth, spread
 
 RUNS_AT_ONCE = 2
 TUNING_SEED = 1000  # of the runs that choose the learning rate; no result is from it
-SMOOTHING = 5  # steps
+SMOOTHING = 9  # steps
 
 # ---------------------------------------------------------------------------------------------
 # What is compared
@@ -72,13 +75,38 @@ class Setting(NamedTuple):
     value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
     responses: int = 1  # per prompt
     rate_scale: float = 1.0  # of the learning rate
+    loss: str = "a_star_po"  # rows with the same loss share learning rate and KL weight
+
+
+class KlWeight(NamedTuple):
+    """The weight of a loss's KL term: the flag, and the two numbers that are tried."""
+
+    flag: str
+    published: float
+    other: float
+
+
+class Tuned(NamedTuple):
+    """What a row is run with."""
+
+    rate: float
+    kl_weight: float
+
+
+# In A*-PO, REBEL and PPO the KL term is in units of the reward. In GRPO it is not, since the
+# advantages are divided by the standard deviation of the rewards.
+KL_WEIGHTS = {
+    "a_star_po": KlWeight("--beta2", published=1e-3, other=1e-2),
+    "grpo": KlWeight("--kl-weight", published=0.04, other=1e-3),
+    "rebel": KlWeight("--kl-weight", published=0.05, other=1e-3),
+    "ppo": KlWeight("--kl-weight", published=0.05, other=1e-3),
+}
 
 
 BASELINE = "baselines --method"
 MEAN = "train_online --beta1 inf"
-ONE_UPDATE = "train_online --updates-per-batch 1"
-FOUR_UPDATES = "train_online --updates-per-batch 4"
 
+# The first row of each loss is the one that is tuned.
 COMPARISON = [
     Setting("a_star_po_n8"),
     Setting("a_star_po_n2", value_samples=2),
@@ -86,41 +114,42 @@ COMPARISON = [
     Setting("mean", MEAN),
     Setting("zero", value_samples=0),
     Setting("running", f"{BASELINE} running", value_samples=0),
-    Setting("grpo_8", f"{BASELINE} grpo", value_samples=0, responses=8),
-    Setting("grpo_4", f"{BASELINE} grpo", value_samples=0, responses=4),
-    Setting("rebel", f"{BASELINE} rebel", value_samples=0, responses=2),
-    Setting("ppo", f"{BASELINE} ppo", value_samples=0),
+    Setting("grpo_8", f"{BASELINE} grpo", value_samples=0, responses=8, loss="grpo"),
+    Setting("grpo_4", f"{BASELINE} grpo", value_samples=0, responses=4, loss="grpo"),
+    Setting("rebel", f"{BASELINE} rebel", value_samples=0, responses=2, loss="rebel"),
+    Setting("ppo", f"{BASELINE} ppo", value_samples=0, loss="ppo"),
 ]
 ABLATIONS = [
-    Setting("published"),  # N = 8, beta1 = 0.5, beta2 = 1e-3, 2 updates, 1 response
-    # What stands in V*'s place. At beta1 = 1e-6 it is the best of the N.
-    Setting("zero", value_samples=0),
+    Setting("published"),  # N = 8, beta1 = 0.5, 2 updates, 1 response
+    # At beta1 = inf, V* is the mean of the N rewards; at 1e-6 it is the best of them.
     Setting("mean", MEAN),
     Setting("beta1_10", "train_online --beta1 10"),
     Setting("beta1_1", "train_online --beta1 1"),
     Setting("beta1_0.1", "train_online --beta1 0.1"),
     Setting("best_of_n", "train_online --beta1 1e-6"),
-    Setting("running", f"{BASELINE} running", value_samples=0),
-    Setting("n_1", value_samples=1),
-    Setting("n_2", value_samples=2),
     Setting("n_4", value_samples=4),
     Setting("n_32", value_samples=32),
-    Setting("beta2_1e-4", "train_online --beta2 1e-4"),
-    Setting("beta2_1e-2", "train_online --beta2 1e-2"),
-    Setting("beta2_1e-1", "train_online --beta2 1e-1"),
     Setting("filter_unsolved", "train_online --filter-unsolved"),
-    # With one learning rate, more updates move the policy further. The scaled rows divide it by the
-    # number of updates. They differ in how far off-policy the later updates are, where V* is a
-    # target and not only a baseline.
-    Setting("updates_1", ONE_UPDATE),
-    Setting("updates_4", FOUR_UPDATES),
-    Setting("updates_1_scaled", ONE_UPDATE, rate_scale=2),
-    Setting("updates_4_scaled", FOUR_UPDATES, rate_scale=0.5),
-    Setting("updates_4_scaled_mean", f"{FOUR_UPDATES} --beta1 inf", rate_scale=0.5),
-    Setting("updates_4_scaled_zero", FOUR_UPDATES, value_samples=0, rate_scale=0.5),
     Setting("responses_2", responses=2),
     Setting("responses_4", responses=4),
 ]
+# How far off-policy the data is, from little to much, against what stands in V*'s place. With one
+# learning rate, more updates would move the policy further. So the rate is divided by the number
+# of updates, in units of the two of the other rows.
+OFF_POLICY = []
+for data, command, num_updates in (
+    ("updates_1", "train_online --updates-per-batch 1", 1),
+    ("updates_4", "train_online --updates-per-batch 4", 4),
+    ("updates_16", "train_online --updates-per-batch 16", 16),
+    ("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
+):
+    scale = 2 / num_updates
+    OFF_POLICY += [
+        Setting(f"{data}_v_star", command, rate_scale=scale),
+        Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
+        Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
+    ]
+ROWS = {"compare": COMPARISON, "ablations": ABLATIONS, "off-policy": OFF_POLICY}
 
 # ---------------------------------------------------------------------------------------------
 # Running it
@@ -176,7 +205,7 @@ def run_jobs(jobs: list[Job]) -> None:
 def stage_command(args: argparse.Namespace, command: str) -> list[str]:
     """Write how python is to be called for a stage, or for the baselines, on the task."""
     stage, *flags = command.split()
-    if args.task is not None:
+    if args.task != "none":
         return ["-m", args.task, stage, *flags]
     if stage == "baselines":
         return ["-m", "experiments.baselines", *flags]
@@ -202,11 +231,12 @@ def write_zero_values(source: Path, target: Path) -> None:
     files.write_json(target, values)
 
 
-def train_job(args: argparse.Namespace, setting: Setting, rate: float, seed: int) -> Job:
-    """Train with one setting, learning rate and seed. The folder's name says which."""
-    rate *= setting.rate_scale
+def train_job(args: argparse.Namespace, setting: Setting, tuned: Tuned, seed: int) -> Job:
+    """Train with one setting and seed. The folder's name says which."""
+    rate = tuned.rate * setting.rate_scale
     name = re.sub(r"[^\w.]+", "-", setting.command).strip("-")
-    name += f"-n{setting.value_samples}-x{setting.responses}-lr{rate:g}-seed{seed}"
+    name += f"-n{setting.value_samples}-x{setting.responses}-lr{rate:g}"
+    name += f"-kl{tuned.kl_weight:g}-seed{seed}"
     folder = args.work / name
     values = args.work / f"values-{setting.value_samples}" / "values.json"
     command = stage_command(args, setting.command)
@@ -214,21 +244,42 @@ def train_job(args: argparse.Namespace, setting: Setting, rate: float, seed: int
     command += ["--lr", f"{rate:g}", "--seed", str(seed), "--num-steps", str(args.num_steps)]
     command += ["--batch-size", str(args.rollout_size // setting.responses)]
     command += ["--samples-per-prompt", str(setting.responses)]
+    command += [KL_WEIGHTS[setting.loss].flag, f"{tuned.kl_weight:g}"]
     command += ["--save-every", str(args.num_steps), "--eval-dataset", "none"]
     return Job(command, folder, "final/manifest.json")
 
 
-def evaluate_job(args: argparse.Namespace, trained: Path) -> Job:
-    """Sample the trained model's answers to the test problems."""
-    folder = Path(f"{trained}-eval")
+def evaluate_job(args: argparse.Namespace, model: Path, folder: Path) -> Job:
+    """Sample a model's answers to the test problems."""
     command = stage_command(args, "evaluate")
-    command += ["--model", str(trained / "final"), "--benchmarks", args.test]
-    command += ["--temperature", "1", "--num-samples", str(args.eval_samples)]
+    command += ["--model", str(model), "--benchmarks", args.test, "--temperature", "1"]
+    command += ["--max-tokens", str(args.max_tokens), "--num-samples", str(args.eval_samples)]
     return Job([*command, "--out", str(folder)], folder, "summary.json")
+
+
+def other_job(args: argparse.Namespace, model: Path, folder: Path) -> Job:
+    """Measure a model of Countdown on problems of another kind."""
+    command = ["-m", "experiments.forgetting", "--model", str(model), "--reference", args.model]
+    return Job([*command, "--out", str(folder / "other.json")], folder, "other.json")
+
+
+def measuring_jobs(args: argparse.Namespace, model: Path, folder: Path) -> list[Job]:
+    """Measure a model in all ways. The folder's name gets an ending for each."""
+    jobs = [evaluate_job(args, model, Path(f"{folder}-eval"))]
+    if args.task == "experiments.countdown":
+        jobs.append(other_job(args, model, Path(f"{folder}-other")))
+    return jobs
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading it
+
+
+class Scores(NamedTuple):
+    """What a model can do."""
+
+    pass_at_k: dict[str, float]  # by k
+    other: dict[str, float]  # reward and KL on problems of another kind; empty if not measured
 
 
 class Run(NamedTuple):
@@ -239,10 +290,20 @@ class Run(NamedTuple):
     seconds: list[float]  # the same
     reward_final: float
     kl: float
+    scores: Scores  # of the trained model
+
+
+def read_scores(args: argparse.Namespace, folder: Path) -> Scores:
+    """Read what `measuring_jobs` wrote."""
+    [scores] = files.read_json(Path(f"{folder}-eval/summary.json"))["benchmarks"].values()
+    other = {}
+    if args.task == "experiments.countdown":
+        other = files.read_json(Path(f"{folder}-other/other.json"))
+    return Scores(scores["pass_at_k"], other)
 
 
 def read_run(args: argparse.Namespace, setting: Setting, folder: Path) -> Run:
-    """Read the log of a training run."""
+    """Read the log of a training run, and the scores of its model."""
     values = files.read_json(args.work / f"values-{setting.value_samples}" / "values.json")
     tokens = [sum(sum(entry["lengths"]) for entry in values["prompts"])]
     seconds = [values["header"]["seconds"]]
@@ -257,13 +318,8 @@ def read_run(args: argparse.Namespace, setting: Setting, folder: Path) -> Run:
         seconds=seconds,
         reward_final=statistics.mean(rewards[-SMOOTHING:]),
         kl=statistics.mean(step["logratio"] for step in steps[-SMOOTHING:]),
+        scores=read_scores(args, folder),
     )
-
-
-def read_pass_at_k(folder: Path) -> dict[str, float]:
-    """Read pass@k of a trained model, by k."""
-    [scores] = files.read_json(Path(f"{folder}-eval/summary.json"))["benchmarks"].values()
-    return scores["pass_at_k"]
 
 
 def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float | None:
@@ -287,28 +343,64 @@ def mean_and_error(values: Sequence[float | None]) -> list[float] | None:
     return [statistics.mean(values), error]
 
 
-def make_row(
-    args: argparse.Namespace, setting: Setting, rate: float, runs: list[Run], passes: list[dict]
-) -> dict:
-    """Sum up the runs of a setting. `passes` has pass@k by k for each of them."""
+def make_row(args: argparse.Namespace, setting: Setting, tuned: Tuned, runs: list[Run]) -> dict:
+    """Sum up the runs of a setting."""
     row = {
         "method": setting.method,
         "seeds": len(runs),
-        "learning_rate": rate * setting.rate_scale,
+        "learning_rate": tuned.rate * setting.rate_scale,
+        "kl_weight": tuned.kl_weight,
         "rollouts": args.num_steps,
         "tokens_total": mean_and_error([run.tokens[-1] for run in runs]),
         "seconds_total": mean_and_error([run.seconds[-1] for run in runs]),
         "reward_final": mean_and_error([run.reward_final for run in runs]),
     }
     for k in (1, args.eval_samples):
-        row[f"pass_at_{k}"] = mean_and_error([pass_at_k[str(k)] for pass_at_k in passes])
+        row[f"pass_at_{k}"] = mean_and_error([run.scores.pass_at_k[str(k)] for run in runs])
     row["kl"] = mean_and_error([run.kl for run in runs])
+    for name in runs[0].scores.other:
+        row[f"{name}_other"] = mean_and_error([run.scores.other[name] for run in runs])
     for what in ("tokens", "seconds"):
         row[f"{what}_to"] = {}
         for goal in args.goals:
             spent = [reach(run.reward, getattr(run, what), goal) for run in runs]
             row[f"{what}_to"][f"{goal:g}"] = mean_and_error(spent)
     return row
+
+
+def make_table(args: argparse.Namespace, results: list[dict], reference: Scores) -> list[str]:
+    """Write the results as text: what each method has in the end, and what each goal took."""
+    names = ["reward_final", "pass_at_1", f"pass_at_{args.eval_samples}", "kl"]
+    before = [None, reference.pass_at_k["1"], reference.pass_at_k[str(args.eval_samples)], 0.0]
+    for name, value in reference.other.items():
+        names.append(f"{name}_other")
+        before.append(value)
+    lines = ["In the end (mean ± standard error over the seeds)", ""]
+    header = f"{'method':22} seeds  rate   KL weight"
+    lines.append(header + "".join(f"{name:>18}" for name in names))
+    cells = ["" if value is None else f"{value:.3f}        " for value in before]
+    lines.append(f"{'reference':43}" + "".join(f"{cell:>18}" for cell in cells))
+    for row in results:
+        line = f"{row['method']:22} {row['seeds']:5}  {row['learning_rate']:.0e}  "
+        line += f"{row['kl_weight']:<9g}"
+        lines.append(line + "".join(f"{told(row[name]):>18}" for name in names))
+    for what, unit in (("tokens", 1e6), ("seconds", 1.0)):
+        title = f"{'millions of ' if unit > 1 else ''}{what}, stage 1 included"
+        lines += ["", f"{title}: in all, and to each goal (- unless every run reached it)", ""]
+        goals = [f"{goal:g}" for goal in args.goals]
+        lines.append(f"{'method':22}{'total':>18}" + "".join(f"{goal:>18}" for goal in goals))
+        for row in results:
+            spent = [row[f"{what}_total"], *row[f"{what}_to"].values()]
+            lines.append(f"{row['method']:22}" + "".join(f"{told(s, unit):>18}" for s in spent))
+    return lines
+
+
+def told(pair: list[float] | None, unit: float = 1.0) -> str:
+    """Write a mean and its standard error."""
+    if pair is None:
+        return "-"
+    digits = 0 if pair[0] / unit >= 100 else 3
+    return f"{pair[0] / unit:.{digits}f} ± {pair[1] / unit:.{digits}f}"
 
 
 def draw(runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Path) -> None:
@@ -360,52 +452,114 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     number = command_line.positive_integer
-    add("--ablations", action="store_true", help="vary A*-PO: 3 seeds, lr 1e-4, 8 test samples")
+    add("--rows", choices=ROWS, default="compare", help="what is compared")
     add("--only", nargs="+", metavar="METHOD", help="make these rows alone")
-    add("--task", metavar="MODULE", help="module of a task, which runs the stages on it")
-    add("--model", default="toy/reference", help="the reference")
-    add("--dataset", default="toy/train.jsonl", help="training problems")
-    add("--test", default="toy/test.jsonl", help="test problems")
-    add("--max-tokens", type=number, default=128, help="longest response")
+    task = "module of a task, which runs the stages on it; none: the stages alone"
+    add("--task", metavar="MODULE", default="experiments.countdown", help=task)
+    add("--model", default="countdown/reference", help="the reference")
+    add("--dataset", default="countdown", help="training problems")
+    add("--test", default="countdown", help="test problems")
+    add("--max-tokens", type=number, default=160, help="longest response")
     add("--seeds", type=number, default=5, help="runs of each row")
-    add("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4, 8e-4], help="learning rates")
-    add("--goals", type=float, nargs="+", default=[0.7, 0.8, 0.9], help="rewards to be reached")
-    add("--num-steps", type=number, default=32, help="rollouts of a run")
+    rates = "learning rates to try; one alone is used as it is, with the published KL weight"
+    add("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help=rates)
+    add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
+    add("--num-steps", type=number, default=100, help="rollouts of a run")
     add("--rollout-size", type=number, default=128, help="responses of a rollout")
     add("--eval-samples", type=number, default=64, help="responses to a test problem")
     add("--work", type=Path, default=Path("runs/compare"), help="folder of all runs, kept")
     add("--out", type=Path, default=Path("experiments/results"), help="folder of the results")
-    if parser.parse_args().ablations:
-        parser.set_defaults(seeds=3, rates=[1e-4], eval_samples=8)
     return parser.parse_args()
 
 
 def choose_settings(args: argparse.Namespace) -> list[Setting]:
     """Return the rows that the command line asks for; UserError for a name that is none."""
-    rows = ABLATIONS if args.ablations else COMPARISON
-    settings = {setting.method: setting for setting in rows}
+    settings = {setting.method: setting for setting in ROWS[args.rows]}
     for name in args.only or []:
         if name not in settings:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
     return [settings[name] for name in args.only or settings]
 
 
-def choose_rate(args: argparse.Namespace, setting: Setting) -> float:
-    """Return the learning rate with the highest mean reward over the tuning run."""
-    rewards = {}
-    for rate in args.rates:
-        folder = train_job(args, setting, rate, TUNING_SEED).folder
-        rewards[rate] = statistics.mean(read_run(args, setting, folder).reward)
-    best = max(rewards, key=rewards.get)
-    print(f"{setting.method}: lr {best:g}; mean reward by lr: {rewards}")
-    return best
+def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned], list[str]]:
+    """Find the learning rate and the KL weight of each loss; return them, and what was tried.
+
+    First each learning rate is run with the smaller KL weight, then the best with the larger.
+    """
+    if len(args.rates) == 1:
+        return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
+    candidates = {}
+    for loss in losses:
+        smaller = min(KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other)
+        candidates[loss] = [Tuned(rate, smaller) for rate in args.rates]
+    rewards = run_candidates(args, candidates)
+    for loss in losses:
+        best = max(candidates[loss], key=rewards[loss].get)
+        larger = max(KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other)
+        candidates[loss] = [Tuned(best.rate, larger)]
+    for loss, rewards_of_larger in run_candidates(args, candidates).items():
+        rewards[loss] |= rewards_of_larger
+
+    chosen = {}
+    lines = []
+    for loss in losses:
+        chosen[loss] = max(rewards[loss], key=rewards[loss].get)
+        for tuned, reward in rewards[loss].items():
+            mark = "  chosen" if tuned == chosen[loss] else ""
+            what = f"rate {tuned.rate:.0e}  KL weight {tuned.kl_weight:<6g}"
+            lines.append(f"{loss:10} {what} mean reward {reward:.3f}{mark}")
+    return chosen, lines
+
+
+def run_candidates(
+    args: argparse.Namespace, candidates: dict[str, list[Tuned]]
+) -> dict[str, dict[Tuned, float]]:
+    """Train the first row of each loss with each candidate; return the mean rewards of the runs."""
+    jobs = {}
+    for loss, tries in candidates.items():
+        setting = next(setting for setting in COMPARISON if setting.loss == loss)
+        for tuned in tries:
+            jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
+    run_jobs(list(jobs.values()))
+    rewards = {loss: {} for loss in candidates}
+    for (loss, tuned), job in jobs.items():
+        steps = files.read_jsonl(job.folder / "metrics.jsonl")
+        rewards[loss][tuned] = statistics.mean(step["reward"] for step in steps)
+    return rewards
+
+
+def write_results(
+    args: argparse.Namespace,
+    tuned: dict[str, Tuned],
+    tuning: list[str],
+    jobs: dict[tuple[Setting, int], Job],
+) -> None:
+    """Sum up all runs of each row, write the results, and draw them. `jobs` is by row and seed."""
+    folders_of = {}
+    for (setting, _), job in jobs.items():
+        folders_of.setdefault(setting, []).append(job.folder)
+    results = []
+    runs_of = {}
+    for setting, folders in folders_of.items():
+        runs = [read_run(args, setting, folder) for folder in folders]
+        results.append(make_row(args, setting, tuned[setting.loss], runs))
+        runs_of[setting.method] = runs
+    files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
+    reference = read_scores(args, args.work / "reference")
+    table = make_table(args, results, reference)
+    if tuning:
+        table += ["", f"Tuning, seed {TUNING_SEED}", "", *tuning]
+    text = "\n".join(line.rstrip() for line in table) + "\n"
+    files.write_text(args.out / f"{args.rows}.txt", text)
+    if args.rows == "compare":
+        draw(runs_of, results, f"{max(args.goals):g}", args.out / "compare.png")
 
 
 def main() -> None:
-    """Run what is missing, then write the results."""
+    """Run what is missing, and write the results after each seed."""
     args = parse_args()
     settings = choose_settings(args)
-    if args.task is not None:
+    if args.task != "none":
         importlib.import_module(args.task)  # which adds the task to problems.DATASETS
     rows = problems.load_problems(args.dataset, "train")
     fingerprint = files.model_fingerprint(files.model_folder(args.model))
@@ -415,31 +569,22 @@ def main() -> None:
     counts = {setting.value_samples for setting in settings}
     run_jobs([stage1_job(args, n) for n in sorted(counts | {8}) if n > 0])
     write_zero_values(args.work / "values-8/values.json", args.work / "values-0/values.json")
-    rates = dict.fromkeys(settings, args.rates[0])
-    if len(args.rates) > 1:
-        run_jobs([train_job(args, s, rate, TUNING_SEED) for rate in args.rates for s in settings])
-        rates = {setting: choose_rate(args, setting) for setting in settings}
+    run_jobs(measuring_jobs(args, Path(args.model), args.work / "reference"))
+    losses = list(dict.fromkeys(setting.loss for setting in settings))
+    tuned, tuning = tune(args, losses)
+    print("\n".join(tuning), flush=True)
     jobs = {}
     # Seed by seed, so that a busy hour of the machine slows all methods down.
     for seed in range(args.seeds):
+        new_jobs = []
         for setting in settings:
-            jobs[setting, seed] = train_job(args, setting, rates[setting], seed)
-    run_jobs(list(jobs.values()))
-    run_jobs([evaluate_job(args, job.folder) for job in jobs.values()])
-
-    results = []
-    runs_of = {}
-    for setting in settings:
-        folders = [jobs[setting, seed].folder for seed in range(args.seeds)]
-        runs = [read_run(args, setting, folder) for folder in folders]
-        passes = [read_pass_at_k(folder) for folder in folders]
-        results.append(make_row(args, setting, rates[setting], runs, passes))
-        runs_of[setting.method] = runs
-        print(json.dumps(results[-1]))
-    name = "ablations" if args.ablations else "compare"
-    files.write_text(args.out / f"{name}.json", json.dumps(results, indent=1) + "\n")
-    if not args.ablations:
-        draw(runs_of, results, f"{max(args.goals):g}", args.out / "compare.png")
+            job = train_job(args, setting, tuned[setting.loss], seed)
+            jobs[setting, seed] = job
+            new_jobs.append(job)
+        run_jobs(new_jobs)
+        measuring = [measuring_jobs(args, job.folder / "final", job.folder) for job in new_jobs]
+        run_jobs([job for jobs_of_a_model in measuring for job in jobs_of_a_model])
+        write_results(args, tuned, tuning, jobs)
 
 
 if __name__ == "__main__":

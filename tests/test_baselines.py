@@ -6,6 +6,7 @@ tests/trl_losses.json has the outputs of TRL's own code for a few numbers, and t
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -242,11 +243,17 @@ def rollout(samples_per_prompt: int) -> list[Response]:
     return responses
 
 
-def make(method: str, folder: Path) -> tuple[Algorithm, int]:
+def make(
+    method: str, folder: Path, kl_weight: float | None = None, num_updates: int = 1
+) -> tuple[Algorithm, int]:
     """Make an algorithm, and say how many responses it has per prompt."""
     samples = baselines.METHODS[method].samples_per_prompt
-    args = argparse.Namespace(lr=1e-3, samples_per_prompt=samples, beta2=0.1)
+    args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, beta2=0.1, resume=False)
+    args.method = method
+    args.kl_weight = kl_weight
+    args.updates_per_batch = num_updates
     args.gradient_checkpointing = False
+    baselines.check_method(args)
     data = SimpleNamespace(values=SimpleNamespace(header={"model": str(folder)}))
     return baselines.METHODS[method].make(args, data), samples
 
@@ -406,9 +413,10 @@ def test_rebels_gradient_is_that_of_pairs(group, folder):
     assert (moved - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_rebels_reward_holds_the_kl_term(group, folder, monkeypatch):
+@pytest.mark.parametrize("kl_weight", [None, 0.2])
+def test_rebels_reward_holds_the_kl_term(kl_weight, group, folder, monkeypatch):
     """r - 0.05 ln(pi_t / pi_ref) of the whole response, as in its authors' code."""
-    algorithm, _ = make("rebel", folder)
+    algorithm, _ = make("rebel", folder, kl_weight)
     step = Step(folder, algorithm, rollout(2))
     with torch.no_grad():
         for p in step.ref.parameters():
@@ -427,7 +435,7 @@ def test_rebels_reward_holds_the_kl_term(group, folder, monkeypatch):
 
     monkeypatch.setattr(baselines, "rebel_loss", paired)
     step.update(updates)
-    close(seen[0], batch.rewards - 0.05 * kl, 1e-5)
+    close(seen[0], batch.rewards - (kl_weight or 0.05) * kl, 1e-5)
 
 
 def test_the_critic_learns_from_the_rewards(group, folder, critics):
@@ -455,6 +463,22 @@ def test_running_mean_is_of_earlier_steps(folder):
         algorithm.credit(responses)
         means.append({response.numbers["v_star"] for response in responses})
     assert [m for [m] in means] == pytest.approx([0.5, 0.5, 0.55])
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_a_rollout_is_replayed_in_the_next_three_steps(num_updates, group, folder):
+    """Each step's own updates come first: the log is about them."""
+    algorithm, _ = make("replay", folder, num_updates=num_updates)
+    step = Step(folder, algorithm, rollout(1))
+    rollouts = []  # the newest last
+    for _ in range(6):
+        rollouts.append(step.split(10_000, num_updates))
+        updates = list(rollouts[-1])
+        before = weights(step.policy)
+        step.update(updates)
+        older = [batches for rollout in rollouts[-4:-1] for batches in rollout]
+        assert [id(batches) for batches in updates] == [id(b) for b in rollouts[-1] + older]
+        assert not weights(step.policy).equal(before)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,6 +533,9 @@ def test_a_fork_needs_a_loss_and_no_more(group, folder):
         ("rebel --samples-per-prompt 3", "REBEL needs pairs"),
         ("ppo --resume", "ppo cannot --resume"),
         ("running --resume", "running cannot --resume"),
+        ("running --kl-weight 0.1", "running has no --kl-weight: use --beta2"),
+        ("grpo --kl-weight -1", "--kl-weight -1.0 is not a number of at least 0"),
+        ("grpo --kl-weight nan", "--kl-weight nan is not a number of at least 0"),
     ],
 )
 def test_a_method_refuses_what_it_cannot_do(flags, message, monkeypatch):
@@ -601,7 +628,7 @@ def test_a_finished_job_is_kept(tmp_path):
 
 
 def test_rows_differ_in_what_they_run():
-    for settings in (compare.COMPARISON, compare.ABLATIONS):
+    for settings in compare.ROWS.values():
         assert len({setting.method for setting in settings}) == len(settings)
         assert len({setting._replace(method="") for setting in settings}) == len(settings)
     names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
@@ -609,14 +636,14 @@ def test_rows_differ_in_what_they_run():
 
 
 def test_a_task_of_ones_own_runs_through_its_module():
-    ours = SimpleNamespace(task=None)
+    ours = SimpleNamespace(task="none")
     theirs = SimpleNamespace(task="experiments.countdown")
     grpo = "baselines --method grpo"
     assert compare.stage_command(ours, "train_online --beta1 inf")[0] == "train_online.py"
     assert compare.stage_command(ours, grpo)[:2] == ["-m", "experiments.baselines"]
     command = compare.stage_command(theirs, grpo)
     assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
-    for settings in (compare.COMPARISON, compare.ABLATIONS):
+    for settings in compare.ROWS.values():
         for setting in settings:
             assert setting.command.split()[0] in countdown.STAGES
 
@@ -635,8 +662,11 @@ def fake_job(job: compare.Job) -> None:
         flags = dict(zip(job.command[1:-1], job.command[2:], strict=True))
         lines = []
         for step in range(1, int(flags["--num-steps"]) + 1):
-            # The learning rate 0.002 is the best. A step of seed 1 takes twice as long.
+            # The learning rate 0.002 is the best, and in A*-PO the larger of the KL weights. A
+            # step of seed 1 takes twice as long.
             reward = 0.4 + 0.1 * step - abs(float(flags["--lr"]) - 0.002)
+            if flags.get("--beta2") == "0.001" or flags.get("--kl-weight") == "0.05":
+                reward -= 0.001
             metrics = {"reward": reward, "response_tokens": 5.0, "logratio": 0.25}
             metrics["seconds_total"] = 1.0 + int(flags["--seed"])
             lines.append(json.dumps(metrics))
@@ -645,7 +675,8 @@ def fake_job(job: compare.Job) -> None:
 
 def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     monkeypatch.setattr(compare, "run_job", fake_job)
-    command = f"compare --model {model} --dataset {dataset} --test {dataset} --seeds 2"
+    monkeypatch.setattr(compare, "SMOOTHING", 5)
+    command = f"compare --task none --model {model} --dataset {dataset} --test {dataset} --seeds 2"
     command += f" --work {tmp_path / 'work'} --out {tmp_path} --only a_star_po_n2 rebel"
     command += " --rates 0.001 0.002 --goals 0.65 2 --num-steps 6 --rollout-size 8"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--eval-samples", "4"])
@@ -653,10 +684,21 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     ours, rebel = json.loads((tmp_path / "compare.json").read_text())
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     assert list(ours) == [
-        *("method", "seeds", "learning_rate", "rollouts", "tokens_total", "seconds_total"),
-        *("reward_final", "pass_at_1", "pass_at_4", "kl", "tokens_to", "seconds_to"),
+        *("method", "seeds", "learning_rate", "kl_weight", "rollouts"),
+        *(
+            "tokens_total",
+            "seconds_total",
+            "reward_final",
+            "pass_at_1",
+            "pass_at_4",
+            "kl",
+            "tokens_to",
+            "seconds_to",
+        ),
     ]
-    assert ours["method"] == "a_star_po_n2" and ours["learning_rate"] == 0.002
+    assert ours["method"] == "a_star_po_n2"
+    assert ours["learning_rate"] == 0.002 and ours["kl_weight"] == 0.01
+    assert rebel["learning_rate"] == 0.002 and rebel["kl_weight"] == 0.001
     # Stage 1 has 20 tokens and 7 s, a step 40 tokens and 1 or 2 s.
     assert ours["tokens_total"] == [20 + 6 * 40, 0] and rebel["tokens_total"] == [6 * 40, 0]
     assert ours["seconds_total"] == pytest.approx([7 + 9, 3])
@@ -667,11 +709,14 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert ours["tokens_to"]["0.65"] == pytest.approx([20 + 40, 0])
     assert rebel["seconds_to"]["0.65"] == pytest.approx([1.5, 0.5])
     assert ours["tokens_to"]["2"] is None
+    table = (tmp_path / "compare.txt").read_text().splitlines()
+    assert any(re.match(r"rebel +2 +2e-03 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
+    assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
     zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
     assert zero["prompts"][0]["rewards"] == [0.0]
 
 
 def test_an_unknown_row_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare", "--only", "reinforce"])
+    monkeypatch.setattr(sys, "argv", ["compare", "--task", "none", "--only", "reinforce"])
     with pytest.raises(UserError, match="--only reinforce: choose from a_star_po_n8"):
         compare.main()
