@@ -1,15 +1,16 @@
 # make demo            all three stages on a toy, on a laptop; SEED=1 for another toy
-# make real            all three stages on a pretrained model, on a laptop (up to 70 minutes; it goes
-#                      on where it was stopped). With HF_HUB_OFFLINE=0 it is asked of the hub
+# make real            all three stages on a pretrained model, on a laptop (70 minutes; it goes on
+#                      where it was stopped). Its weights come from a pip package, or with
+#                      HF_HUB_OFFLINE=0 from the Hugging Face hub
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
 # make results         the theory and the comparison (hours; it goes on where it was stopped)
 # make ablations       the ablations, and off-policy data (hours; it goes on where it was stopped)
-# make clean           remove what the above made
+# make clean           remove the environment, the models and the problems that the above made
 #
-# Each makes the environment in .venv/ first, if it is missing or older than its requirements file.
-# It is the GPU's if there is a GPU. Without one, or if it is too old: make demo KIND=cpu.
+# Each makes the environment in .venv/ first, if it is missing or older than its requirements file:
+# for GPUs if nvidia-smi lists one, else for CPUs. To use the CPU beside a GPU, add KIND=cpu to each.
 # Another interpreter: make demo PYTHON=python3.12
 
 SHELL := /bin/bash
@@ -121,6 +122,8 @@ $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt
 	    "error: $(PYTHON) is not Python 3.11 or newer: try make PYTHON=/path/to/python3.12" >&2; \
 	    exit 2; }
 	@echo "Making the environment in .venv from $(REQUIREMENTS): some minutes"
+	@# The packages for CPUs and for GPUs must not mix.
+	@[ -z "$$(ls .venv/made-for-* 2>/dev/null | grep -v $@)" ] || rm -r .venv
 	@$(PYTHON) -m venv .venv
 ifeq ($(KIND),cpu)
 	@$(PIP) install --no-deps --retries 1 --timeout 15 \

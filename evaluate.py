@@ -5,9 +5,10 @@ HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little.
 
 - mean: the fraction of right answers, averaged over the problems, with its standard error over the
   problems. A response that does not end within --max-tokens counts as wrong, as in training.
-- any end: the same with that rule waived. Base models often ramble on after the answer.
+- any end: the fraction of right responses with that rule waived, over all samples. Base models
+  often ramble on after the answer.
 - truncated: the fraction of responses that did not end.
-- pass@k: the chance that one of k samples is right, estimated without bias from all n.
+- pass@k: the chance that at least one of k samples is right, estimated without bias from all n.
 
 OUT/NAME.jsonl has every sample, OUT/summary.json the scores. If this is killed and started again
 with the same flags, it continues. A model that train_online.py made is asked as it was trained: its
@@ -332,8 +333,9 @@ def room_for_prompt(args: argparse.Namespace) -> int:
     """
     folder = files.model_folder(args.model)
     room = files.context_length(folder) - args.max_tokens
-    # Some models compute positions in another way as soon as longer texts are possible. They are
-    # asked in the way in which they are trained, if the responses leave room for that.
+    # With longrope or dynamic rope scaling, positions are computed in another way as soon as longer
+    # texts are possible. Stage 2 stays below that length, and so do the prompts here, if the
+    # responses leave room.
     room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
     if room_as_trained >= 1:
         room = min(room, room_as_trained)
@@ -452,7 +454,9 @@ def sample_missing(
         records = sample_benchmark(llm, benchmark, path, identity, args)
         if torch.distributed.get_rank() == 0:
             # The samples come first: a summary never names samples that are not there.
-            done[name] = save_benchmark(path, records, benchmark.rows) | benchmark.identity
+            scores = save_benchmark(path, records, benchmark.rows) | benchmark.identity
+            # Read again: another run may have added its scores while this one sampled.
+            done = read_summary(out, header, benchmarks) | {name: scores}
             files.write_json(out / "summary.json", {"header": header, "benchmarks": done})
             engine.remove_partial(path)
     engine.stop_engine(llm)
@@ -473,8 +477,8 @@ def main() -> None:
     benchmarks = load_benchmarks(args, trained_with)
     header = make_header(args, base_style(args, trained_with))
 
-    # With several GPUs, torchrun now starts this script again, once for each: every rank comes here
-    # by the same way. From here on they work together.
+    # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks
+    # runs from the top and reaches this line, too. From here on they work together.
     engine.launch(args.tensor_parallel_size)
     is_first = torch.distributed.get_rank() == 0
     if is_first:

@@ -164,7 +164,11 @@ def squared_residuals(
 def a_star_po_loss(
     logp: Tensor, ref_logp: Tensor, rewards: Tensor, v_star: Tensor, beta2: float
 ) -> Tensor:
-    """Eq. (3): the mean of `squared_residuals` over the sequences; all (B,) -> ()."""
+    """Eq. (3): the mean of `squared_residuals` over the sequences; all (B,) -> ().
+
+    This is for theory and tests. In training, `train_online.update` takes the same mean over all
+    micro-batches and ranks.
+    """
     return squared_residuals(logp, ref_logp, rewards, v_star, beta2).mean()
 
 

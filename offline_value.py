@@ -1,8 +1,8 @@
 """Stage 1: sample N responses per prompt from the reference, score them, save V* as JSON.
 
-V*(x) = beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)) is the value of prompt x under the best policy
-that pays beta1 for each nat of KL to the reference. It is estimated once, before training, and
-stage 2 regresses onto r - V*. In order:
+V*(x) is the value of prompt x under the best policy that pays beta1 for each nat of KL to the
+reference. It is estimated once, before training, as beta1 ln((1/N) sum_i exp(r(x, y_i) / beta1)),
+and stage 2 regresses onto r - V*. In order:
 
 1. Load the prompts. Drop those whose answer cannot be graded, and those that are too long.
 2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it. With
@@ -65,10 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-value-samples",
         type=whole_number,
         default=0,
-        help="instead of N, sample each prompt until V* is exact to --value-error, at least twice "
-        "and at most this often; 0 samples N",
+        help="in place of N: sample each prompt until the standard error of its V* is at most "
+        "--value-error, at least twice and at most this often; 0: sample N",
     )
-    add("--value-error", type=positive_number, default=0.17, help="standard error of V* wanted")
+    add(
+        "--value-error",
+        type=positive_number,
+        default=0.17,
+        help="with --max-value-samples: the standard error of V* at which a prompt is done",
+    )
     add("--beta1", type=positive_or_infinite, default=0.5, help="beta1 of V*; inf gives the mean")
     # Stage 2 reads the next three from the values file: V* holds for this distribution only.
     add("--temperature", type=sampling_temperature, default=1.0, help="sampling temperature")
@@ -81,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle) -> dict:
-    """Collect all that decides what is sampled, how it is scored, and what V* is made of it.
+    """Collect all that decides what is sampled, how it is scored, and which V* follows.
 
     A killed run may continue, and a finished file be used, only if all of it is the same. The
     model's path is not part of it: its content is.
@@ -107,7 +112,7 @@ def number_of_samples(args: argparse.Namespace) -> dict:
     if args.max_value_samples == 0:
         return {"num_value_samples": args.num_value_samples}
     return {
-        "num_value_samples": 0,  # it has no part in this
+        "num_value_samples": 0,  # not used: the number differs between prompts
         "max_value_samples": args.max_value_samples,
         "value_error": args.value_error,
     }
@@ -199,7 +204,7 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     )
     print(f"dropped: {header['dropped_long']} too long, {header['dropped_ungradable']} ungradable")
     print(f"grading: {header['grading']}")
-    # The longest bar has 50 signs.
+    # The longest bar has 50 characters.
     print(title)
     for k, count in enumerate(prompts_with):
         print(f"{k:>4} {count:>6} {'#' * (50 * count // max(prompts_with))}")
@@ -319,8 +324,8 @@ def main() -> None:
     )
     max_model_len = check_context(args)
 
-    # With several GPUs, torchrun now starts this script again, once for each: every rank comes here
-    # by the same way. From here on they work together.
+    # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks
+    # runs from the top and reaches this line, too. From here on they work together.
     engine.launch(args.tensor_parallel_size)
     start = time.perf_counter()
     rank = torch.distributed.get_rank()

@@ -77,8 +77,8 @@ EXAMPLES = """examples:
 class Algorithm(NamedTuple):
     """What makes an algorithm out of the loop below.
 
-    `a_star_po` is the one of the paper. experiments/baselines.py has others, and shows
-    that most algorithms need only a loss.
+    `a_star_po` is the one of the paper, and needs only a loss. experiments/baselines.py has others,
+    and shows what each of them needs beside it.
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
@@ -93,8 +93,9 @@ class Algorithm(NamedTuple):
     prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
     # Keep this many consecutive responses in one micro-batch, for a loss that compares them.
     group_size: int = 1
-    # Whether the sampler's log-probs are wanted for all updates. They cost some sampling time, so
-    # they are asked for the first update alone, where they show whether the data is on-policy.
+    # Whether each response gets the sampler's log-probs, for a loss that corrects for the sampler:
+    # it finds them in MicroBatch.sampler_logp. Otherwise only those of the first update get them.
+    # That is enough to measure logprob_gap, and sampling is faster.
     all_sampler_logp: bool = False
 
 
@@ -165,8 +166,8 @@ def update(
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
     metrics["grad_norm"] = grad_norm.item() / len(updates)
-    # The statistics and logprob_gap are sums so far. kl_per_token comes first, because the loop
-    # makes a mean over the sequences of the log-ratio.
+    # The statistics and logprob_gap are sums so far. kl_per_token comes first, because the `for`
+    # below makes a mean over the sequences of the log-ratio.
     first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
@@ -243,7 +244,8 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
             sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
         with timed(metrics, "seconds_grade"):
             responses = engine.gather(sampled)
-            # In sleep mode, the trainer uses the memory of the engine's KV cache from here on.
+            # Sleep mode is for GPUs on which trainer and KV cache do not fit together: the cache's
+            # memory is the trainer's from here on, until `restore_cache`.
             engine.release_cache(run.llm)
         for response in responses:
             response.numbers["v_star"] = data.v_star[response.prompt.row["id"]]
@@ -532,9 +534,9 @@ def load_models(
 ) -> tuple[Policy, Callable[..., Tensor]]:
     """Load the policy, from a checkpoint if there is one, and the reference.
 
-    What moves during training is the policy, in float32, and AdamW's two moments: 16 bytes per
-    parameter with the gradient, shared out over the GPUs. The reference is in bf16 and never moves.
-    With --lora-rank only the adapters move, and the policy is its own reference.
+    Training changes the policy. It is in float32, and takes 16 bytes per parameter with its
+    gradient and AdamW's two moments, shared out over the GPUs. The reference is in bf16 and never
+    changes. With --lora-rank only the adapters change, and the policy is its own reference.
     """
     mesh = make_mesh()
     checkpointing = args.gradient_checkpointing
@@ -658,7 +660,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("the algorithm").add_argument
     add("--num-steps", type=positive_integer, default=725, help="steps, each with a new batch")
-    add("--batch-size", type=positive_integer, default=256, help="prompts per step")
+    add("--batch-size", type=positive_integer, default=256, help="prompts per step, all GPUs")
     add("--samples-per-prompt", type=positive_integer, default=1, help="responses per prompt")
     add(
         "--updates-per-batch",
@@ -683,7 +685,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--filter-unsolved", action="store_true", help="drop prompts the reference never solved")
 
     add = parser.add_argument_group("memory and speed, without effect on the result").add_argument
-    add("--micro-batch-tokens", type=positive_integer, default=8192, help="tokens per forward pass")
+    add(
+        "--micro-batch-tokens",
+        type=positive_integer,
+        default=8192,
+        help="tokens per forward pass on each GPU; at least one sequence",
+    )
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
     add("--offload-ref", action="store_true", help="keep the reference in CPU memory")
     command_line.add_engine_flags(parser, gpu_share=0.6)

@@ -50,10 +50,11 @@ def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
         "--gpu-memory-utilization",
         type=fraction,
         default=gpu_share,
-        help="share of each GPU's memory that the engine may use; in stage 2 at most, since it "
-        "takes no more than a step needs",
+        help="share of each GPU's memory that the engine may use; stage 2 takes less if a step "
+        "needs less",
     )
-    add("--tensor-parallel-size", type=positive_integer, default=1, help="GPUs that share a model")
+    share = "GPUs that share one copy of the model while sampling"
+    add("--tensor-parallel-size", type=positive_integer, default=1, help=share)
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:

@@ -75,9 +75,9 @@ def launch(tensor_parallel_size: int = 1) -> None:
 
     if num_gpus > 0:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Objects and barriers travel over gloo, tensors on GPUs over NCCL. A rank that hangs is noticed
-    # after the default time, 30 minutes. Only gloo waits longer: the ranks finish their sampling at
-    # different times, so that one may wait hours for another.
+    # Objects and barriers travel over gloo, tensors on GPUs over NCCL. NCCL gives up on a rank that
+    # hangs after torch's default time, 30 minutes. gloo waits 48 times as long, a day: one rank may
+    # finish its sampling hours before another.
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo")
     gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(48 * torch.distributed.default_pg_timeout)
@@ -224,11 +224,12 @@ def has_sleep_mode(llm: Any) -> bool:
 
 
 def release_cache(llm: Any) -> None:
-    """Give the memory of the KV cache to the trainer; the weights stay. Only in sleep mode.
+    """Give the memory of the KV cache to the trainer; the weights stay. Only in vLLM's sleep mode.
 
-    vLLM refuses while a request is left. After the last response is out, the scheduler still holds
-    its id until one more step, and with asynchronous scheduling a batch can still be in flight. So
-    the engine is stepped until nothing is left.
+    memory_budget.py decides on sleep mode. vLLM refuses to sleep while a request is left. After the
+    last response is out, the scheduler still holds the request's id for one more step, and with
+    asynchronous scheduling a batch can still be in flight. So the engine is stepped until nothing
+    is left.
     """
     if not has_sleep_mode(llm):
         return

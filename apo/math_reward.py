@@ -68,10 +68,10 @@ def reward(response: str, answer: Any) -> float:
 
 def grade(responses: list[str], answers: list[Any]) -> list[float]:
     """Grade many responses at once, in order; an answer that cannot be graded gives 0.0."""
-    rewards = []
+    futures = []
     for response, answer in zip(responses, answers, strict=True):
-        rewards.append(submit(response, answer))
-    return [reward.result() for reward in rewards]
+        futures.append(submit(response, answer))
+    return [future.result() for future in futures]
 
 
 def submit(response: str, answer: Any) -> Future:
@@ -90,6 +90,7 @@ def submit(response: str, answer: Any) -> Future:
     if box is None:
         future.set_result(0.0)
         return future
+    # Text and plain numbers are compared here. `leave_open` declines algebra: that is for a worker.
     verdict = decide(gold, box, leave_open)
     if verdict is None:
         waiting_jobs().put((future, json.dumps([gold, box])))
@@ -101,14 +102,15 @@ def submit(response: str, answer: Any) -> Future:
 def check_answer(answer: Any) -> str:
     """Return the answer as text, without a box around it.
 
-    Raises ValueError if it is neither text nor number, if it is empty, and if its braces do not
+    Raises ValueError if it is neither text nor number, if it is empty, or if its braces do not
     match, since no box could hold it then.
     """
     text = last_box(str(answer)) or str(answer)
     is_empty = text.strip(" \t\r\n$.") in ("", "nan", "inf", "-inf")
     is_broken = last_box(rf"\boxed{{{text}}}") != text
     if type(answer) not in (str, int, float) or is_empty or is_broken:
-        raise ValueError(f"no text or number, empty, or unbalanced braces: {answer!r:.60}")
+        reason = "neither text nor a number, or empty, or with unbalanced braces"
+        raise ValueError(f"{reason}: {answer!r:.60}")
     return text
 
 

@@ -108,10 +108,10 @@ def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[lis
     """Assign sequences to ranks and micro-batches: [rank][micro-batch] -> places in `lengths`.
 
     A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number of
-    forward passes on every rank, so all ranks get the same number of micro-batches: the smallest
-    with which `distribute` stays within the budget. They are about even, because a small one costs
-    nearly as much time as a full one: each gathers all weights. A rank with few sequences can have
-    empty ones.
+    forward passes on every rank, so all ranks get the same number of micro-batches. It is the
+    smallest with which `distribute` stays within the budget, because each forward pass gathers all
+    weights, which takes about as long for a small micro-batch as for a full one. A rank with few
+    sequences can have empty ones.
     """
     places_of_ranks = distribute(range(len(lengths)), lengths, num_ranks)
     num_batches = 1
@@ -362,7 +362,8 @@ def load_lm(folder: Path, dtype: torch.dtype, gradient_checkpointing: bool) -> t
     lm.eval()
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers looks at this mark of a layer. The modules inside stay in evaluation mode.
+        # transformers checkpoints a layer only if its own `training` is true. The modules inside it
+        # stay in evaluation mode.
         for layer in lm.base_model.layers:
             layer.training = True
     return lm

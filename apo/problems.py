@@ -302,8 +302,8 @@ def clean_text(text: str) -> str:
 def keep_gradable(name: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
     """Split off the rows of mathematics whose answer cannot be graded.
 
-    Returns the other rows, and for each row that was split off a sentence with its id and reason.
-    Raises UserError if no row is left.
+    Returns the other rows, whose answers become text without a box around it, and for each row that
+    was split off a sentence with its id and reason. Raises UserError if no row is left.
     """
     gradable = []
     reasons = []

@@ -83,7 +83,8 @@ class RunLog:
     def forget_after(self, last_step: int) -> None:
         """Drop the lines of steps that run again; without a checkpoint, of all of them.
 
-        The files are cut and not written again, so that a kill loses no line that is kept.
+        The files are truncated in place, not rewritten, so that a kill cannot lose a line that
+        should stay.
         """
         for file in (self.metrics_file, self.samples_file):
             num_bytes = 0

@@ -1,8 +1,11 @@
-"""GRPO, REBEL and PPO on train_online.py's own loop, to compare A*-PO with.
+r"""GRPO, REBEL and PPO on train_online.py's own loop, to compare A*-PO with.
 
 Question: what does another algorithm change in the training loop?
-Command:  python -m experiments.baselines --method grpo --values toy/values.json --out runs/grpo
-          with the flags of train_online.py. --beta1 and --beta2 are for `running` and `replay`.
+Command:  python -m experiments.baselines --method grpo --values toy/values.json --lr 1e-4 \
+              --batch-size 16 --num-steps 50 --eval-dataset toy/test.jsonl --out runs/grpo
+          With 8 responses to each of 16 prompts, a step has as many as the demo's. On MATH it is
+          --values values/math.json --batch-size 32. The flags are train_online.py's. --beta2 is for
+          `running` and `replay`, --beta1 for `replay` alone.
 Time:     that of train_online.py for as many responses. PPO trains a second model, its critic.
 Output:   a run folder like that of train_online.py. Prompts come from the values file.
 Answer:   a loss of a few lines, and what that loss needs. The loop stays the same.
@@ -17,8 +20,8 @@ PPO               1  a critic's value        the reward     the ratio       toke
 pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of the online
 rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
-All make one pass over a rollout in --updates-per-batch updates, clip gradients at norm 1 and use
-AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
+All but `replay` make one pass over a rollout in --updates-per-batch updates. All clip gradients at
+norm 1 and use AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
 
 - One pass over each rollout, where TRL's PPO and REBEL's authors make four.
 - GRPO's KL term is the published one, with weight 0.04. TRL 1.16 has 0. (--kl-weight)
@@ -37,14 +40,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM
 
 import losses
 import train_online
 from apo import command_line, engine, files
 from apo.engine import Response
 from apo.files import UserError
-from apo.policy import DEVICE, MicroBatch, Policy, shard
+from apo.policy import DEVICE, MicroBatch, Policy, load_lm, shard
 from train_online import Algorithm, TrainingData
 
 EPSILON = 0.2  # GRPO's clip range
@@ -126,10 +128,10 @@ def ppo_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
-    """Return half of max((v - R)^2, (clipped v - R)^2) of each token; all (R,).
+    """Return half of max((v - G)^2, (clipped v - G)^2) of each token, G its return; all (R,).
 
-    v is clipped to old_values - CLIP_VALUE and old_values + CLIP_VALUE. This is not in the PPO
-    paper, but in its code and in TRL.
+    v is clipped to old_values ± CLIP_VALUE. This is not in the PPO paper, but in its code and in
+    TRL.
     """
     check_shapes(values, old_values, returns)
     clipped = old_values + (values - old_values).clamp(-CLIP_VALUE, CLIP_VALUE)
@@ -324,14 +326,9 @@ class Critic(torch.nn.Module):
 
 def load_critic(folder: Path, mesh: DeviceMesh, gradient_checkpointing: bool) -> Critic:
     """Make a critic of the reference, sharded as the policy is."""
-    lm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="packed"
-    )
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    critic = Critic(lm.base_model)
+    critic = Critic(load_lm(folder, torch.float32, gradient_checkpointing).base_model)
     shard([*critic.body.layers, critic], mesh)
-    return critic.train()
+    return critic
 
 
 def whiten(batches: list[MicroBatch]) -> None:

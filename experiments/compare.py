@@ -14,22 +14,21 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
           in the end: reward, pass@k, distance from the reference.
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
-eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss, with
-four runs of a seed that is not reported: each rate with the smaller weight, then the best rate with
-the larger weight. The run with the highest mean reward counts. The rows of A*-PO have one loss, and
-so have the two of GRPO.
+eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: two
+rates and two weights make four runs, of a seed that is not reported. The highest mean reward over
+the run wins. All rows of A*-PO have one loss, and so have the two of GRPO.
 
 The results are a list with one entry for each method. Pairs are the mean over the seeds and its
 standard error:
 
-tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. The time
-                             of stage 1 is measured here, with the start-up of its engine.
+tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. Its time
+                             is that of its values file, with the start-up of its engine.
 reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
 pass_at_1, pass_at_64        of the trained model on the test problems, at temperature 1
 kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
 kl_other, reward_other       on problems with two numbers, which training has not seen
-tokens_to, seconds_to        by goal: what was spent when the reward, smoothed over SMOOTHING steps,
-                             reached it; null unless every run reached it
+tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
+                             run did. The reward is the mean of the SMOOTHING steps around each.
 """
 
 import argparse
@@ -93,8 +92,8 @@ class Tuned(NamedTuple):
     kl_weight: float
 
 
-# In A*-PO, REBEL and PPO the KL term is in units of the reward. In GRPO it is not, since the
-# advantages are divided by the standard deviation of the rewards.
+# `other` is for A*-PO ten times its weight, and for the others the published weight of A*-PO. In
+# GRPO the unit is another one, since its advantages are divided by the standard deviation.
 KL_WEIGHTS = {
     "a_star_po": KlWeight("--beta2", published=1e-3, other=1e-2),
     "grpo": KlWeight("--kl-weight", published=0.04, other=1e-3),
@@ -133,9 +132,9 @@ ABLATIONS = [
     Setting("responses_2", responses=2),
     Setting("responses_4", responses=4),
 ]
-# How far off-policy the data is, from little to much, against what stands in V*'s place. With one
-# learning rate, more updates would move the policy further. So the rate is divided by the number
-# of updates, in units of the two of the other rows.
+# Two factors: how far off-policy the data is, from not at all to much, and what stands in V*'s
+# place. More updates of one size would move the policy further, so the learning rate is scaled by
+# 2 / updates: the other rows make 2.
 OFF_POLICY = []
 for data, command, num_updates in (
     ("updates_1", "train_online --updates-per-batch 1", 1),
@@ -376,14 +375,14 @@ def make_table(args: argparse.Namespace, results: list[dict], reference: Scores)
         names.append(f"{name}_other")
         before.append(value)
     lines = ["In the end (mean ± standard error over the seeds)", ""]
-    header = f"{'method':22} seeds  rate   KL weight"
+    header = f"{'method':22} seeds  rate      KL weight"
     lines.append(header + "".join(f"{name:>18}" for name in names))
     cells = ["" if value is None else f"{value:.3f}        " for value in before]
-    lines.append(f"{'reference':43}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.append(f"{'reference':49}" + "".join(f"{cell:>18}" for cell in cells))
     for row in results:
-        line = f"{row['method']:22} {row['seeds']:5}  {row['learning_rate']:.0e}  "
-        line += f"{row['kl_weight']:<9g}"
-        lines.append(line + "".join(f"{told(row[name]):>18}" for name in names))
+        line = f"{row['method']:22} {row['seeds']:5}  {row['learning_rate']:<10.3g}"
+        line += f"{row['kl_weight']:<10g}"
+        lines.append(line + "".join(f"{format_pair(row[name]):>18}" for name in names))
     for what, unit in (("tokens", 1e6), ("seconds", 1.0)):
         title = f"{'millions of ' if unit > 1 else ''}{what}, stage 1 included"
         lines += ["", f"{title}: in all, and to each goal (- unless every run reached it)", ""]
@@ -391,11 +390,13 @@ def make_table(args: argparse.Namespace, results: list[dict], reference: Scores)
         lines.append(f"{'method':22}{'total':>18}" + "".join(f"{goal:>18}" for goal in goals))
         for row in results:
             spent = [row[f"{what}_total"], *row[f"{what}_to"].values()]
-            lines.append(f"{row['method']:22}" + "".join(f"{told(s, unit):>18}" for s in spent))
+            lines.append(
+                f"{row['method']:22}" + "".join(f"{format_pair(s, unit):>18}" for s in spent)
+            )
     return lines
 
 
-def told(pair: list[float] | None, unit: float = 1.0) -> str:
+def format_pair(pair: list[float] | None, unit: float = 1.0) -> str:
     """Write a mean and its standard error."""
     if pair is None:
         return "-"
@@ -453,7 +454,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     number = command_line.positive_integer
     add("--rows", choices=ROWS, default="compare", help="what is compared")
-    add("--only", nargs="+", metavar="METHOD", help="make these rows alone")
+    add(
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        help="make these rows alone; the results have no others",
+    )
     task = "module of a task, which runs the stages on it; none: the stages alone"
     add("--task", metavar="MODULE", default="experiments.countdown", help=task)
     add("--model", default="countdown/reference", help="the reference")
@@ -462,7 +468,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-tokens", type=number, default=160, help="longest response")
     add("--seeds", type=number, default=5, help="runs of each row")
     rates = "learning rates to try; one alone is used as it is, with the published KL weight"
-    add("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help=rates)
+    add("--rates", type=float, nargs="+", default=[1e-4, 2e-4], help=rates)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
     add("--num-steps", type=number, default=100, help="rollouts of a run")
     add("--rollout-size", type=number, default=128, help="responses of a rollout")
@@ -484,48 +490,32 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
 def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned], list[str]]:
     """Find the learning rate and the KL weight of each loss; return them, and what was tried.
 
-    First each learning rate is run with the smaller KL weight, then the best with the larger.
+    The first row of each loss in COMPARISON is run with all pairs of a rate and a weight. The
+    highest mean reward over the run wins.
     """
     if len(args.rates) == 1:
         return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
-    candidates = {}
-    for loss in losses:
-        smaller = min(KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other)
-        candidates[loss] = [Tuned(rate, smaller) for rate in args.rates]
-    rewards = run_candidates(args, candidates)
-    for loss in losses:
-        best = max(candidates[loss], key=rewards[loss].get)
-        larger = max(KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other)
-        candidates[loss] = [Tuned(best.rate, larger)]
-    for loss, rewards_of_larger in run_candidates(args, candidates).items():
-        rewards[loss] |= rewards_of_larger
-
-    chosen = {}
-    lines = []
-    for loss in losses:
-        chosen[loss] = max(rewards[loss], key=rewards[loss].get)
-        for tuned, reward in rewards[loss].items():
-            mark = "  chosen" if tuned == chosen[loss] else ""
-            what = f"rate {tuned.rate:.0e}  KL weight {tuned.kl_weight:<6g}"
-            lines.append(f"{loss:10} {what} mean reward {reward:.3f}{mark}")
-    return chosen, lines
-
-
-def run_candidates(
-    args: argparse.Namespace, candidates: dict[str, list[Tuned]]
-) -> dict[str, dict[Tuned, float]]:
-    """Train the first row of each loss with each candidate; return the mean rewards of the runs."""
     jobs = {}
-    for loss, tries in candidates.items():
-        setting = next(setting for setting in COMPARISON if setting.loss == loss)
-        for tuned in tries:
-            jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
+    for rate in args.rates:
+        for loss in losses:
+            setting = next(setting for setting in COMPARISON if setting.loss == loss)
+            for weight in (KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other):
+                tuned = Tuned(rate, weight)
+                jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
     run_jobs(list(jobs.values()))
-    rewards = {loss: {} for loss in candidates}
+
+    rewards = {loss: {} for loss in losses}
     for (loss, tuned), job in jobs.items():
         steps = files.read_jsonl(job.folder / "metrics.jsonl")
         rewards[loss][tuned] = statistics.mean(step["reward"] for step in steps)
-    return rewards
+    best = {loss: max(rewards[loss], key=rewards[loss].get) for loss in losses}
+    lines = []
+    for loss in losses:
+        for tuned, reward in rewards[loss].items():
+            what = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
+            mark = "  chosen" if tuned == best[loss] else ""
+            lines.append(f"{loss:10} {what} mean reward {reward:.3f}{mark}")
+    return best, lines
 
 
 def write_results(
