@@ -339,6 +339,29 @@ def benchmark(identity: dict) -> evaluate.Benchmark:
     return evaluate.Benchmark(rows=[], prompts=[], identity=identity, remarks=[])
 
 
+@pytest.mark.usefixtures("process_group")
+def test_two_runs_with_one_out_keep_the_scores_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run finishes its benchmark while this one samples."""
+    header = {"model": "m", "seed": 0}
+    benchmarks = {"mine": evaluate.Benchmark([], [], {"dataset_digest": "1"}, [])}
+
+    def sample(*arguments) -> list[dict]:
+        theirs = {"header": header, "benchmarks": {"theirs": {"mean": 0.5}}}
+        files.write_json(tmp_path / "summary.json", theirs)
+        return []
+
+    monkeypatch.setattr(evaluate, "start_engine", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "sample_benchmark", sample)
+    monkeypatch.setattr(evaluate, "score", lambda records: {"mean": 0.25})
+    monkeypatch.setattr(evaluate.engine, "stop_engine", lambda llm: None)
+    done = evaluate.sample_missing(SimpleNamespace(out=str(tmp_path)), header, benchmarks)
+    assert done == files.read_json(tmp_path / "summary.json")["benchmarks"]
+    assert done["theirs"] == {"mean": 0.5}
+    assert done["mine"]["mean"] == 0.25
+
+
 def test_results_of_another_run_are_refused_by_name(evaluated: SimpleNamespace) -> None:
     summary = json.loads((evaluated.folder / "summary.json").read_text())
     header = summary["header"] | {"model": "the same, elsewhere"}
