@@ -148,7 +148,17 @@ for data, command, num_updates in (
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
         Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
     ]
-ROWS = {"compare": COMPARISON, "ablations": ABLATIONS, "off-policy": OFF_POLICY}
+PROCESS = [
+    Setting("response"),
+    Setting("lines_1", "process --continuations 1"),
+    Setting("lines_2", "process --continuations 2"),
+]
+ROWS = {
+    "compare": COMPARISON,
+    "ablations": ABLATIONS,
+    "off-policy": OFF_POLICY,
+    "process": PROCESS,  # process.py has the command
+}
 
 # ---------------------------------------------------------------------------------------------
 # Running it
@@ -206,8 +216,8 @@ def stage_command(args: argparse.Namespace, command: str) -> list[str]:
     stage, *flags = command.split()
     if args.task != "none":
         return ["-m", args.task, stage, *flags]
-    if stage == "baselines":
-        return ["-m", "experiments.baselines", *flags]
+    if stage in ("baselines", "process"):
+        return ["-m", f"experiments.{stage}", *flags]
     return [f"{stage}.py", *flags]
 
 
@@ -308,7 +318,9 @@ def read_run(args: argparse.Namespace, setting: Setting, folder: Path) -> Run:
     seconds = [values["header"]["seconds"]]
     steps = files.read_jsonl(folder / "metrics.jsonl")
     for step in steps:
-        tokens.append(tokens[-1] + step["response_tokens"] * args.rollout_size)
+        # process.py samples from the reference as well.
+        tokens_of_each = step["response_tokens"] + step.get("ref_tokens", 0.0)
+        tokens.append(tokens[-1] + tokens_of_each * args.rollout_size)
         seconds.append(seconds[-1] + step["seconds_total"])
     rewards = [step["reward"] for step in steps]
     return Run(

@@ -47,7 +47,9 @@ def other_problems() -> list[Problem]:
     return sorted(problems)
 
 
-def sample(model: PreTrainedModel, prompts: list[list[int]], eos: int) -> Responses:
+def sample(
+    model: PreTrainedModel, prompts: list[list[int]], eos: int, max_tokens: int
+) -> Responses:
     """Sample a response to each prompt at temperature 1. EOS is the padding, too."""
     start = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), start), eos)
@@ -62,7 +64,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], eos: int) -> Respon
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_TOKENS,
+        max_new_tokens=max_tokens,
         pad_token_id=eos,
     )
     response = ids[:, start:]
@@ -102,7 +104,7 @@ def measure(folder: Path, reference: Path, seed: int) -> dict[str, float]:
         rows += [row] * NUM_SAMPLES
         prompts += [tokenizer(prompt).input_ids] * NUM_SAMPLES
     eos = tokenizer.eos_token_id
-    responses = sample(model, prompts, eos)
+    responses = sample(model, prompts, eos, MAX_TOKENS)
     logratios = sequence_logprobs(model, responses) - sequence_logprobs(ref, responses)
     rewards = 0.0
     for row, ids, length in zip(rows, responses.ids, responses.lengths, strict=True):

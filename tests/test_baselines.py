@@ -643,7 +643,8 @@ def test_a_task_of_ones_own_runs_through_its_module():
     assert compare.stage_command(ours, grpo)[:2] == ["-m", "experiments.baselines"]
     command = compare.stage_command(theirs, grpo)
     assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
-    for settings in compare.ROWS.values():
+    assert compare.stage_command(ours, "process")[:2] == ["-m", "experiments.process"]
+    for settings in (compare.COMPARISON, compare.ABLATIONS, compare.OFF_POLICY):
         for setting in settings:
             assert setting.command.split()[0] in countdown.STAGES
 
