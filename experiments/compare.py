@@ -18,23 +18,12 @@ eighth of the prompts. The learning rate and the weight of the KL term are tuned
 rates and two weights make four runs, of a seed that is not reported. The highest mean reward over
 the run wins. All rows of A*-PO have one loss, and so have the two of GRPO.
 
-The results are a list with one entry for each method. Pairs are the mean over the seeds and its
-standard error:
-
-tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. Its time
-                             is that of its values file, with the start-up of its engine.
-reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
-pass_at_1, pass_at_64        of the trained model on the test problems, at temperature 1
-kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
-kl_other, reward_other       on problems with two numbers, which training has not seen
-tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
-                             run did. The reward is the mean of the SMOOTHING steps around each.
+compare_results.py sums the runs up, and says what is in the results.
 """
 
 import argparse
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -42,25 +31,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # there may be no display
-import numpy
-from cycler import cycler
-from matplotlib import pyplot
-
 from apo import command_line, files, problems
 from apo.files import UserError
-from experiments.plot import COLOURS, smooth, spread
+from experiments.compare_results import (
+    draw_comparison,
+    draw_off_policy,
+    make_table,
+    read_run,
+    read_scores,
+    sum_up,
+)
 
 RUNS_AT_ONCE = 2
 TUNING_SEED = 1000  # of the runs that choose the learning rate; no result is from it
-SMOOTHING = 9  # steps
 
 # ---------------------------------------------------------------------------------------------
 # What is compared
@@ -223,12 +210,16 @@ def stage_command(args: argparse.Namespace, command: str) -> list[str]:
 
 def stage1_job(args: argparse.Namespace, num_samples: int) -> Job:
     """Sample N responses per prompt from the reference."""
-    folder = args.work / f"values-{num_samples}"
+    values = values_file(args, num_samples)
     command = stage_command(args, "offline_value")
     command += ["--model", args.model, "--dataset", args.dataset]
     command += ["--max-tokens", str(args.max_tokens), "--num-value-samples", str(num_samples)]
-    command += ["--out", str(folder / "values.json")]
-    return Job(command, folder, "values.json")
+    return Job([*command, "--out", str(values)], values.parent, values.name)
+
+
+def values_file(args: argparse.Namespace, num_samples: int) -> Path:
+    """Return where the values of N responses per prompt are; N = 0 has V* = 0."""
+    return args.work / f"values-{num_samples}" / "values.json"
 
 
 def write_zero_values(source: Path, target: Path) -> None:
@@ -247,9 +238,8 @@ def train_job(args: argparse.Namespace, setting: Setting, tuned: Tuned, seed: in
     name += f"-n{setting.value_samples}-x{setting.responses}-lr{rate:g}"
     name += f"-kl{tuned.kl_weight:g}-seed{seed}"
     folder = args.work / name
-    values = args.work / f"values-{setting.value_samples}" / "values.json"
     command = stage_command(args, setting.command)
-    command += ["--values", str(values), "--out", str(folder)]
+    command += ["--values", str(values_file(args, setting.value_samples)), "--out", str(folder)]
     command += ["--lr", f"{rate:g}", "--seed", str(seed), "--num-steps", str(args.num_steps)]
     command += ["--batch-size", str(args.rollout_size // setting.responses)]
     command += ["--samples-per-prompt", str(setting.responses)]
@@ -278,180 +268,6 @@ def measuring_jobs(args: argparse.Namespace, model: Path, folder: Path) -> list[
     if args.task == "experiments.countdown":
         jobs.append(other_job(args, model, Path(f"{folder}-other")))
     return jobs
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading it
-
-
-class Scores(NamedTuple):
-    """What a model can do."""
-
-    pass_at_k: dict[str, float]  # by k
-    other: dict[str, float]  # reward and KL on problems of another kind; empty if not measured
-
-
-class Run(NamedTuple):
-    """The log of a training run, with what was spent, stage 1 included, before each step."""
-
-    reward: list[float]  # of each step, smoothed
-    tokens: list[float]  # sampled before each step; and one more, the total
-    seconds: list[float]  # the same
-    reward_final: float
-    kl: float
-    scores: Scores  # of the trained model
-
-
-def read_scores(args: argparse.Namespace, folder: Path) -> Scores:
-    """Read what `measuring_jobs` wrote."""
-    [scores] = files.read_json(Path(f"{folder}-eval/summary.json"))["benchmarks"].values()
-    other = {}
-    if args.task == "experiments.countdown":
-        other = files.read_json(Path(f"{folder}-other/other.json"))
-    return Scores(scores["pass_at_k"], other)
-
-
-def read_run(args: argparse.Namespace, setting: Setting, folder: Path) -> Run:
-    """Read the log of a training run, and the scores of its model."""
-    values = files.read_json(args.work / f"values-{setting.value_samples}" / "values.json")
-    tokens = [sum(sum(entry["lengths"]) for entry in values["prompts"])]
-    seconds = [values["header"]["seconds"]]
-    steps = files.read_jsonl(folder / "metrics.jsonl")
-    for step in steps:
-        # process.py samples from the reference as well.
-        tokens_of_each = step["response_tokens"] + step.get("ref_tokens", 0.0)
-        tokens.append(tokens[-1] + tokens_of_each * args.rollout_size)
-        seconds.append(seconds[-1] + step["seconds_total"])
-    rewards = [step["reward"] for step in steps]
-    return Run(
-        reward=smooth(rewards, SMOOTHING),
-        tokens=tokens,
-        seconds=seconds,
-        reward_final=statistics.mean(rewards[-SMOOTHING:]),
-        kl=statistics.mean(step["logratio"] for step in steps[-SMOOTHING:]),
-        scores=read_scores(args, folder),
-    )
-
-
-def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float | None:
-    """Return what was spent when the reward first reached the goal, linear between steps."""
-    if reward[0] >= goal:
-        return spent[0]
-    for i in range(1, len(reward)):
-        if reward[i] >= goal:
-            part = (goal - reward[i - 1]) / (reward[i] - reward[i - 1])
-            return spent[i - 1] + part * (spent[i] - spent[i - 1])
-    return None
-
-
-def mean_and_error(values: Sequence[float | None]) -> list[float] | None:
-    """Return the mean and its standard error, 0 for a single value; None if one is missing."""
-    if None in values:
-        return None
-    error = 0.0
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.mean(values), error]
-
-
-def make_row(args: argparse.Namespace, setting: Setting, tuned: Tuned, runs: list[Run]) -> dict:
-    """Sum up the runs of a setting."""
-    row = {
-        "method": setting.method,
-        "seeds": len(runs),
-        "learning_rate": tuned.rate * setting.rate_scale,
-        "kl_weight": tuned.kl_weight,
-        "rollouts": args.num_steps,
-        "tokens_total": mean_and_error([run.tokens[-1] for run in runs]),
-        "seconds_total": mean_and_error([run.seconds[-1] for run in runs]),
-        "reward_final": mean_and_error([run.reward_final for run in runs]),
-    }
-    for k in (1, args.eval_samples):
-        row[f"pass_at_{k}"] = mean_and_error([run.scores.pass_at_k[str(k)] for run in runs])
-    row["kl"] = mean_and_error([run.kl for run in runs])
-    for name in runs[0].scores.other:
-        row[f"{name}_other"] = mean_and_error([run.scores.other[name] for run in runs])
-    for what in ("tokens", "seconds"):
-        row[f"{what}_to"] = {}
-        for goal in args.goals:
-            spent = [reach(run.reward, getattr(run, what), goal) for run in runs]
-            row[f"{what}_to"][f"{goal:g}"] = mean_and_error(spent)
-    return row
-
-
-def make_table(args: argparse.Namespace, results: list[dict], reference: Scores) -> list[str]:
-    """Write the results as text: what each method has in the end, and what each goal took."""
-    names = ["reward_final", "pass_at_1", f"pass_at_{args.eval_samples}", "kl"]
-    before = [None, reference.pass_at_k["1"], reference.pass_at_k[str(args.eval_samples)], 0.0]
-    for name, value in reference.other.items():
-        names.append(f"{name}_other")
-        before.append(value)
-    lines = ["In the end (mean ± standard error over the seeds)", ""]
-    header = f"{'method':22} seeds  rate      KL weight"
-    lines.append(header + "".join(f"{name:>18}" for name in names))
-    cells = ["" if value is None else f"{value:.3f}        " for value in before]
-    lines.append(f"{'reference':49}" + "".join(f"{cell:>18}" for cell in cells))
-    for row in results:
-        line = f"{row['method']:22} {row['seeds']:5}  {row['learning_rate']:<10.3g}"
-        line += f"{row['kl_weight']:<10g}"
-        lines.append(line + "".join(f"{format_pair(row[name]):>18}" for name in names))
-    for what, unit in (("tokens", 1e6), ("seconds", 1.0)):
-        title = f"{'millions of ' if unit > 1 else ''}{what}, stage 1 included"
-        lines += ["", f"{title}: in all, and to each goal (- unless every run reached it)", ""]
-        goals = [f"{goal:g}" for goal in args.goals]
-        lines.append(f"{'method':22}{'total':>18}" + "".join(f"{goal:>18}" for goal in goals))
-        for row in results:
-            spent = [row[f"{what}_total"], *row[f"{what}_to"].values()]
-            lines.append(
-                f"{row['method']:22}" + "".join(f"{format_pair(s, unit):>18}" for s in spent)
-            )
-    return lines
-
-
-def format_pair(pair: list[float] | None, unit: float = 1.0) -> str:
-    """Write a mean and its standard error."""
-    if pair is None:
-        return "-"
-    digits = 0 if pair[0] / unit >= 100 else 3
-    return f"{pair[0] / unit:.{digits}f} ± {pair[1] / unit:.{digits}f}"
-
-
-def draw(runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Path) -> None:
-    """Draw the reward of all methods, with a band of one standard error, against what was spent."""
-    styles = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)
-    figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 4), sharey=True, layout="constrained")
-    for axes, what in zip(panels, ("tokens", "seconds"), strict=True):
-        axes.set_prop_cycle(styles)
-        for runs in runs_of.values():
-            rewards = numpy.array([run.reward for run in runs])
-            spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0)
-            mean = rewards.mean(axis=0)
-            error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
-            [line] = axes.plot(spent, mean, linewidth=1.5)
-            axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
-        spent_by = {}
-        for row in results:
-            if row[f"{what}_to"][goal] is not None:
-                spent_by[row["method"]] = row[f"{what}_to"][goal]
-        best = min(spent_by, key=spent_by.get, default="no method")
-        axes.set_title(f"Reward {goal} with the fewest {what}: {best}", fontsize=9, loc="left")
-        axes.set_xlabel(f"{what}, stage 1 included", fontsize=8.5)
-        axes.tick_params(labelsize=8)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("reward of the training responses", fontsize=8.5)
-    # Write the name of each line at its end.
-    lines = panels[1].lines
-    bottom, top = panels[1].get_ylim()
-    ends = [(line.get_ydata()[-1] - bottom) / (top - bottom) for line in lines]
-    for line, name, end in zip(lines, runs_of, spread(ends, gap=0.06), strict=True):
-        style = {"color": line.get_color(), "fontsize": 8}
-        dashes = "- - " if line.get_linestyle() == "--" else ""
-        panels[1].annotate(dashes + name, (1.02, end), xycoords="axes fraction", **style)
-    figure.savefig(out, dpi=200)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -543,18 +359,27 @@ def write_results(
     results = []
     runs_of = {}
     for setting, folders in folders_of.items():
-        runs = [read_run(args, setting, folder) for folder in folders]
-        results.append(make_row(args, setting, tuned[setting.loss], runs))
+        values = values_file(args, setting.value_samples)
+        runs = [read_run(folder, values, args.rollout_size) for folder in folders]
+        row = {
+            "method": setting.method,
+            "seeds": len(runs),
+            "learning_rate": tuned[setting.loss].rate * setting.rate_scale,
+            "kl_weight": tuned[setting.loss].kl_weight,
+            "rollouts": args.num_steps,
+        }
+        results.append(row | sum_up(runs, args.goals, args.eval_samples))
         runs_of[setting.method] = runs
     files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
-    reference = read_scores(args, args.work / "reference")
-    table = make_table(args, results, reference)
+    table = make_table(results, read_scores(args.work / "reference"))
     if tuning:
         table += ["", f"Tuning, seed {TUNING_SEED}", "", *tuning]
     text = "\n".join(line.rstrip() for line in table) + "\n"
     files.write_text(args.out / f"{args.rows}.txt", text)
     if args.rows == "compare":
-        draw(runs_of, results, f"{max(args.goals):g}", args.out / "compare.png")
+        draw_comparison(runs_of, results, f"{max(args.goals):g}", args.out / "compare.png")
+    elif args.rows == "off-policy" and not args.only:
+        draw_off_policy(results, args.out / "off-policy.png")
 
 
 def main() -> None:
@@ -570,7 +395,7 @@ def main() -> None:
 
     counts = {setting.value_samples for setting in settings}
     run_jobs([stage1_job(args, n) for n in sorted(counts | {8}) if n > 0])
-    write_zero_values(args.work / "values-8/values.json", args.work / "values-0/values.json")
+    write_zero_values(values_file(args, 8), values_file(args, 0))
     run_jobs(measuring_jobs(args, Path(args.model), args.work / "reference"))
     losses = list(dict.fromkeys(setting.loss for setting in settings))
     tuned, tuning = tune(args, losses)

@@ -26,7 +26,7 @@ from apo.engine import Response
 from apo.files import UserError
 from apo.policy import MicroBatch, add_ref_logp, load_policy
 from apo.problems import Prompt
-from experiments import baselines, compare, countdown
+from experiments import baselines, compare, compare_results, countdown
 from train_online import Algorithm
 
 FLOAT64 = torch.float64
@@ -598,16 +598,29 @@ def test_ranks_change_nothing_but_rounding(runs):
 def test_reach_is_linear_between_steps():
     reward = [0.5, 0.7, 0.6, 0.9]
     spent = [10.0, 20.0, 30.0, 40.0, 50.0]
-    assert compare.reach(reward, spent, 0.4) == 10
-    assert compare.reach(reward, spent, 0.6) == pytest.approx(15)
-    assert compare.reach(reward, spent, 0.8) == pytest.approx(30 + 10 * 2 / 3)
-    assert compare.reach(reward, spent, 0.95) is None
+    assert compare_results.reach(reward, spent, 0.4) == 10
+    assert compare_results.reach(reward, spent, 0.6) == pytest.approx(15)
+    assert compare_results.reach(reward, spent, 0.8) == pytest.approx(30 + 10 * 2 / 3)
+    assert compare_results.reach(reward, spent, 0.95) is None
 
 
 def test_mean_and_error():
-    assert compare.mean_and_error([1.0, 2.0, 6.0]) == pytest.approx([3, math.sqrt(7 / 3)])
-    assert compare.mean_and_error([2.0]) == [2, 0]
-    assert compare.mean_and_error([1.0, None]) is None
+    assert compare_results.mean_and_error([1.0, 2.0, 6.0]) == pytest.approx([3, math.sqrt(7 / 3)])
+    assert compare_results.mean_and_error([2.0]) == [2, 0]
+    assert compare_results.mean_and_error([1.0, None]) is None
+
+
+def test_a_difference_of_less_than_two_standard_errors_is_none():
+    rows = [("a", [10.0, 1.0]), ("b", [12.0, 1.0]), ("c", [13.0, 1.0]), ("d", None)]
+    results = [{"method": name, "tokens_to": {"0.5": pair}} for name, pair in rows]
+    assert compare_results.best_methods(results, "tokens_to", "0.5") == ["a", "b"]
+    assert compare_results.best_methods(results[3:], "tokens_to", "0.5") == []
+
+
+def test_off_policy_data_is_drawn(tmp_path):
+    results = [{"method": s.method, "reward_final": [0.3, 0.01]} for s in compare.OFF_POLICY]
+    compare_results.draw_off_policy(results, tmp_path / "off-policy.png")
+    assert (tmp_path / "off-policy.png").stat().st_size > 10_000
 
 
 def test_a_finished_job_is_kept(tmp_path):
@@ -676,7 +689,7 @@ def fake_job(job: compare.Job) -> None:
 
 def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     monkeypatch.setattr(compare, "run_job", fake_job)
-    monkeypatch.setattr(compare, "SMOOTHING", 5)
+    monkeypatch.setattr(compare_results, "SMOOTHING", 5)
     command = f"compare --task none --model {model} --dataset {dataset} --test {dataset} --seeds 2"
     command += f" --work {tmp_path / 'work'} --out {tmp_path} --only a_star_po_n2 rebel"
     command += " --rates 0.001 0.002 --goals 0.65 2 --num-steps 6 --rollout-size 8"
@@ -711,7 +724,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert rebel["seconds_to"]["0.65"] == pytest.approx([1.5, 0.5])
     assert ours["tokens_to"]["2"] is None
     table = (tmp_path / "compare.txt").read_text().splitlines()
-    assert any(re.match(r"rebel +2 +2e-03 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
+    assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
     zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
     assert zero["prompts"][0]["rewards"] == [0.0]
