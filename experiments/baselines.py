@@ -21,7 +21,8 @@ pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running m
 rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
 All but `replay` make one pass over a rollout in --updates-per-batch updates. All clip gradients at
-norm 1 and use AdamW, as A*-PO does. The names and defaults are TRL's, with these differences:
+norm 1 and use AdamW, as A*-PO does. The names and defaults are TRL's (verl's PPO has lambda = 1 and
+clips values at 0.5), with these differences:
 
 - One pass over each rollout, where TRL's PPO and REBEL's authors make four.
 - GRPO's KL term is the published one, with weight 0.04. TRL 1.16 has 0. (--kl-weight)

@@ -115,7 +115,6 @@ ABLATIONS = [
     Setting("best_of_n", "train_online --beta1 1e-6"),
     Setting("n_4", value_samples=4),
     Setting("n_32", value_samples=32),
-    Setting("filter_unsolved", "train_online --filter-unsolved"),
     Setting("responses_2", responses=2),
     Setting("responses_4", responses=4),
 ]
@@ -137,8 +136,8 @@ for data, command, num_updates in (
     ]
 PROCESS = [
     Setting("response"),
-    Setting("lines_1", "process --continuations 1"),
     Setting("lines_2", "process --continuations 2"),
+    Setting("lines_8", "process --continuations 8"),
 ]
 ROWS = {
     "compare": COMPARISON,
@@ -257,7 +256,7 @@ def evaluate_job(args: argparse.Namespace, model: Path, folder: Path) -> Job:
 
 
 def other_job(args: argparse.Namespace, model: Path, folder: Path) -> Job:
-    """Measure a model of Countdown on problems of another kind."""
+    """Measure a model of Countdown on problems of another size."""
     command = ["-m", "experiments.forgetting", "--model", str(model), "--reference", args.model]
     return Job([*command, "--out", str(folder / "other.json")], folder, "other.json")
 

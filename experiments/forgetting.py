@@ -1,4 +1,4 @@
-"""How far has training moved a model on problems of another kind?
+"""How far has training moved a model on problems of another size?
 
 Question: training has three and four numbers in a problem. What happens to problems with two, which
           the reference can solve and which training never sees?

@@ -1,6 +1,7 @@
 """The values of beginnings and the loss by lines, against hand and brute force."""
 
 import argparse
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import losses
 from apo.engine import Response
+from apo.files import UserError
 from apo.policy import make_micro_batches
 from apo.problems import Prompt
 from experiments import forgetting, process
@@ -42,8 +44,12 @@ def test_targets_add_up_to_the_advantage():
     assert sum(process.line_targets(0.0, 0.3, [0.7, 0.1, 0.9])) == pytest.approx(-0.3)
 
 
-def test_values_of_beginnings_by_hand(monkeypatch):
-    """Two beginnings of the first response, one of the second, none of the third."""
+@pytest.mark.parametrize("max_tokens", [8, 5])
+def test_values_of_beginnings_by_hand(max_tokens, monkeypatch):
+    """Two beginnings of the first response, one of the second, none of the third.
+
+    With 5 tokens there is room for one behind the second beginning and for three behind the others.
+    """
     responses = [
         make_response(0, [5, NEWLINE, 6, NEWLINE, 7, EOS]),
         make_response(1, [8, NEWLINE, 9, EOS]),
@@ -66,13 +72,25 @@ def test_values_of_beginnings_by_hand(monkeypatch):
 
     monkeypatch.setattr(forgetting, "sample", sample)
     tokenizer = SimpleNamespace(eos_token_id=EOS, decode=decode)
-    values, tokens = process.beginning_values(None, tokenizer, responses, NEWLINE, 2, 8, 0.5)
+    values, tokens = process.beginning_values(
+        None, tokenizer, responses, NEWLINE, 2, max_tokens, 0.5
+    )
     first, second = [1, 2, 5, NEWLINE], [1, 2, 5, NEWLINE, 6, NEWLINE]
     assert seen == [first, first, second, second, [1, 2, 8, NEWLINE], [1, 2, 8, NEWLINE]]
     # [20, 20] did not end, so it earns nothing.
     half = losses.optimal_value(torch.tensor([[1.0, 0.0]], dtype=torch.float64), 0.5).item()
-    assert values == [pytest.approx([half, half]), pytest.approx([half]), []]
-    assert tokens == [2 + 2 + 2 + 2, 4 + 2, 0]
+    if max_tokens == 8:
+        assert values == [pytest.approx([half, half]), pytest.approx([half]), []]
+        assert tokens == [2 + 2 + 2 + 2, 4 + 2, 0]
+    else:
+        assert values == [pytest.approx([half, 0.0]), pytest.approx([half]), []]
+        assert tokens == [2 + 2 + 1 + 1, 3 + 2, 0]
+
+
+def test_a_run_cannot_be_resumed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["process", "--resume"])
+    with pytest.raises(UserError, match="process cannot --resume"):
+        process.main()
 
 
 @pytest.fixture
