@@ -15,8 +15,9 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
 eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: two
-rates and two weights make four runs, of a seed that is not reported. The highest mean reward over
-the run wins. All rows of A*-PO have one loss, and so have the two of GRPO.
+rates and two weights make four runs of a seed that is not reported, and the best rate's neighbour a
+fifth. The highest mean reward over the run wins. All rows of A*-PO have one loss, and so have the
+two of GRPO.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -317,32 +318,53 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
 def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned], list[str]]:
     """Find the learning rate and the KL weight of each loss; return them, and what was tried.
 
-    The first row of each loss in COMPARISON is run with all pairs of a rate and a weight. The
-    highest mean reward over the run wins.
+    All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
+    them, half or twice that rate is tried as well, with the same weight.
     """
     if len(args.rates) == 1:
         return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
-    jobs = {}
+    candidates = []
     for rate in args.rates:
         for loss in losses:
-            setting = next(setting for setting in COMPARISON if setting.loss == loss)
-            for weight in (KL_WEIGHTS[loss].published, KL_WEIGHTS[loss].other):
-                tuned = Tuned(rate, weight)
-                jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
-    run_jobs(list(jobs.values()))
+            weights = KL_WEIGHTS[loss]
+            candidates += [(loss, Tuned(rate, w)) for w in (weights.published, weights.other)]
+    rewards = run_candidates(args, candidates)
+    candidates = []
+    for loss in losses:
+        best = max(rewards[loss], key=rewards[loss].get)
+        if best.rate == min(args.rates):
+            candidates.append((loss, best._replace(rate=best.rate / 2)))
+        elif best.rate == max(args.rates):
+            candidates.append((loss, best._replace(rate=best.rate * 2)))
+    for loss, more in run_candidates(args, candidates).items():
+        rewards[loss] |= more
 
-    rewards = {loss: {} for loss in losses}
-    for (loss, tuned), job in jobs.items():
-        steps = files.read_jsonl(job.folder / "metrics.jsonl")
-        rewards[loss][tuned] = statistics.mean(step["reward"] for step in steps)
-    best = {loss: max(rewards[loss], key=rewards[loss].get) for loss in losses}
+    chosen = {}
     lines = []
     for loss in losses:
-        for tuned, reward in rewards[loss].items():
+        chosen[loss] = max(rewards[loss], key=rewards[loss].get)
+        for tuned, reward in sorted(rewards[loss].items()):
             what = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
-            mark = "  chosen" if tuned == best[loss] else ""
+            mark = "  chosen" if tuned == chosen[loss] else ""
             lines.append(f"{loss:10} {what} mean reward {reward:.3f}{mark}")
-    return best, lines
+    return chosen, lines
+
+
+def run_candidates(
+    args: argparse.Namespace, candidates: list[tuple[str, Tuned]]
+) -> dict[str, dict[Tuned, float]]:
+    """Train the first row of each loss in COMPARISON, and return the mean rewards of the runs."""
+    jobs = {}
+    for loss, tuned in candidates:
+        setting = next(setting for setting in COMPARISON if setting.loss == loss)
+        jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
+    run_jobs(list(jobs.values()))
+    rewards = {}
+    for (loss, tuned), job in jobs.items():
+        steps = files.read_jsonl(job.folder / "metrics.jsonl")
+        mean = statistics.mean(step["reward"] for step in steps)
+        rewards.setdefault(loss, {})[tuned] = mean
+    return rewards
 
 
 def write_results(

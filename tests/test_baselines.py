@@ -713,6 +713,12 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert ours["method"] == "a_star_po_n2"
     assert ours["learning_rate"] == 0.002 and ours["kl_weight"] == 0.01
     assert rebel["learning_rate"] == 0.002 and rebel["kl_weight"] == 0.001
+    # The best rate was the highest, so twice that rate was tried too, with the better weight.
+    tried = list(tmp_path.glob("work/*/*lr0.004*"))
+    assert sorted(re.search(r"kl[\d.]+", folder.name)[0] for folder in tried) == [
+        "kl0.001",
+        "kl0.01",
+    ]
     # Stage 1 has 20 tokens and 7 s, a step 40 tokens and 1 or 2 s.
     assert ours["tokens_total"] == [20 + 6 * 40, 0] and rebel["tokens_total"] == [6 * 40, 0]
     assert ours["seconds_total"] == pytest.approx([7 + 9, 3])
