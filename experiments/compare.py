@@ -24,6 +24,7 @@ compare_results.py sums the runs up, and says what is in the results.
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -189,13 +191,29 @@ def run_job(job: Job) -> None:
 
 
 def run_jobs(jobs: list[Job]) -> None:
-    """Run jobs, two at a time, and equal ones once. After a failure no further job is started."""
+    """Run jobs, two at a time, and equal ones once."""
     unique = {job.folder: job for job in jobs}
+    for _ in run_chains([[job] for job in unique.values()]):
+        pass
+
+
+def run_chains(chains: list[list[Job]]) -> Iterator[None]:
+    """Run the jobs of each chain in order, two chains at a time; yield as each chain is finished.
+
+    The first is yielded first, even if the second was faster. After a failure no further chain is
+    started.
+    """
     pool = ThreadPoolExecutor(RUNS_AT_ONCE)
     try:
-        list(pool.map(run_job, unique.values()))
+        yield from pool.map(run_chain, chains)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def run_chain(chain: list[Job]) -> None:
+    """Run jobs one after another."""
+    for job in chain:
+        run_job(job)
 
 
 def stage_command(args: argparse.Namespace, command: str) -> list[str]:
@@ -422,17 +440,17 @@ def main() -> None:
     tuned, tuning = tune(args, losses)
     print("\n".join(tuning), flush=True)
     jobs = {}
+    chains = []
     # Seed by seed, so that a busy hour of the machine slows all methods down.
     for seed in range(args.seeds):
-        new_jobs = []
         for setting in settings:
             job = train_job(args, setting, tuned[setting.loss], seed)
             jobs[setting, seed] = job
-            new_jobs.append(job)
-        run_jobs(new_jobs)
-        measuring = [measuring_jobs(args, job.folder / "final", job.folder) for job in new_jobs]
-        run_jobs([job for jobs_of_a_model in measuring for job in jobs_of_a_model])
-        write_results(args, tuned, tuning, jobs)
+            chains.append([job, *measuring_jobs(args, job.folder / "final", job.folder)])
+    for number, _ in enumerate(run_chains(chains), start=1):
+        if number % len(settings) == 0:
+            finished = dict(itertools.islice(jobs.items(), number))
+            write_results(args, tuned, tuning, finished)
 
 
 if __name__ == "__main__":
