@@ -198,11 +198,11 @@ def draw_comparison(
     """Draw the reward of all methods, with a band of one standard error, against what was spent."""
     styles = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)
     figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 4), sharey=True, layout="constrained")
-    for axes, what in zip(panels, ("tokens", "seconds"), strict=True):
+    for axes, what, unit in zip(panels, ("tokens", "seconds"), (1e6, 1.0), strict=True):
         axes.set_prop_cycle(styles)
         for runs in runs_of.values():
             rewards = numpy.array([run.reward for run in runs])
-            spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0)
+            spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0) / unit
             mean = rewards.mean(axis=0)
             error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
             [line] = axes.plot(spent, mean, linewidth=1.5)
@@ -211,7 +211,8 @@ def draw_comparison(
         told = f"{len(best)} methods" if len(best) > 2 else " and ".join(best)
         title = f"Fewest {what} to reward {goal}: {told}" if best else f"Reward by {what}"
         axes.set_title(title, fontsize=9, loc="left")
-        axes.set_xlabel(f"{what}, stage 1 included", fontsize=8.5)
+        label = f"millions of {what}" if unit > 1 else what
+        axes.set_xlabel(f"{label}, stage 1 included", fontsize=8.5)
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlim(left=0)
