@@ -8,7 +8,7 @@ Command:  python -m experiments.process --values toy/values.json --lr 1e-4 --bat
           python -m experiments.compare --rows process --task none --model toy/reference \
               --dataset toy/train.jsonl --test toy/test.jsonl --max-tokens 128 --rates 1e-4 \
               --goals .7 .8 .9 --num-steps 40 --seeds 3
-Time:     on one core about twice as long a step as train_online.py
+Time:     on one core two to three times as long a step as train_online.py
 Output:   a run folder like that of train_online.py. The metric ref_tokens is the number of tokens
           that were sampled from the reference for each response.
 Answer:   see docs/findings.md
@@ -35,6 +35,7 @@ import argparse
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import losses
 import train_online
@@ -119,6 +120,7 @@ def line_targets(reward: float, v_star: float, values: list[float]) -> list[floa
 
 def process(args: argparse.Namespace, data: TrainingData) -> Algorithm:
     """A*-PO by lines. The reference that samples is loaded once more, for transformers."""
+    disable_progress_bar()
     folder = files.model_folder(data.values.header["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ref = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
