@@ -8,8 +8,8 @@ Command:  python -m experiments.countdown make           the task and its refere
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Runs go two at a time, with one thread each. An interrupted comparison
           continues with the runs that are missing.
-Output:   compare.json, .txt and .png in experiments/results; or ablations and off-policy, .json and
-          .txt. They are written after each seed.
+Output:   in experiments/results, after each seed: compare.json, .txt and .png; or ablations.json
+          and .txt; or off-policy.json, .txt and .png.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
