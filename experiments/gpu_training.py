@@ -234,7 +234,7 @@ def methods(work: Path) -> dict[str, Any]:
     figures = {"generates": llm is not None, "prompts": len(prompts)}
     for name in ("a_star_po", "grpo", "rebel", "ppo"):
         number = 1 if name == "a_star_po" else baselines.METHODS[name].samples_per_prompt
-        algorithm = make_algorithm(name, number, folder)
+        algorithm = make_algorithm(name, folder)
         times = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -253,13 +253,14 @@ def methods(work: Path) -> dict[str, Any]:
     return figures
 
 
-def make_algorithm(name: str, samples_per_prompt: int, folder: Path) -> train_online.Algorithm:
+def make_algorithm(name: str, folder: Path) -> train_online.Algorithm:
     """Make what the training loop needs of a method."""
     if name == "a_star_po":
         return train_online.a_star_po(1e-3)
-    args = types.SimpleNamespace(
-        samples_per_prompt=samples_per_prompt, gradient_checkpointing=True, lr=1e-6, beta2=1e-3
-    )
+    # From the parser itself, so that the arguments are those of a real run.
+    flags = ("--method", name, "--values", "unused", "--gradient-checkpointing")
+    args = baselines.make_parser().parse_args(flags)
+    baselines.check_method(args)
     # PPO's critic starts as the reference.
     values = types.SimpleNamespace(header={"model": str(folder)})
     data = types.SimpleNamespace(values=values)
