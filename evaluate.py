@@ -264,7 +264,7 @@ def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
 
 @dataclasses.dataclass
 class Benchmark:
-    """One benchmark, and how this model is asked."""
+    """One benchmark: its rows, and the prompts for this model."""
 
     rows: list[dict]
     prompts: list[Prompt]
@@ -333,15 +333,15 @@ def room_for_prompt(args: argparse.Namespace) -> int:
     """
     folder = files.model_folder(args.model)
     room = files.context_length(folder) - args.max_tokens
-    # With longrope or dynamic rope scaling, positions are computed in another way as soon as longer
-    # texts are possible. Stage 2 stays below that length, and so do the prompts here, if the
-    # responses leave room.
+    # With longrope or dynamic rope scaling, vLLM computes all positions in another way as soon as
+    # texts longer than exact_length are possible. No text in training was longer. So prompt and
+    # response together are no longer here, if --max-tokens leaves room for a prompt.
     room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
     if room_as_trained >= 1:
         room = min(room, room_as_trained)
     if room < 1:
         raise UserError(f"--max-tokens {args.max_tokens} leaves {args.model} no room for a prompt")
-    # A model that names no limit gets this one.
+    # A model may name a far larger limit, or none.
     return int(min(room, LONGEST_PROMPT))
 
 
@@ -469,7 +469,7 @@ def main() -> None:
     if args.grade:
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
-    # Everything that can be wrong is checked before the engine starts.
+    # What needs no engine is checked before it starts.
     files.check_writable(args.out, is_folder=True)
     trained_with = settings_of_run(args.model)
     if args.max_tokens is None:

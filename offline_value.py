@@ -186,7 +186,7 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     else:
         n = f"{min(counts)} to {max(counts)}"
         highest = 10
-        title = f"prompts by the tenths of their {n} responses that are right:"
+        title = f"prompts by the share of their {n} responses that is right, in tenths:"
     rates = success_rates(entries)
     # The bars of the histogram. With N responses each, bar k has the prompts with k right ones.
     prompts_with = [0] * (highest + 1)
@@ -314,7 +314,7 @@ def main() -> None:
     if args.max_value_samples == 1:
         raise UserError("--max-value-samples 1: one sample has no error, so give 2 or more, or 0")
 
-    # 1. The rows of the prompts. Everything that can be wrong is checked before the engine starts.
+    # 1. The rows of the prompts. What needs no engine is checked before it starts.
     files.check_writable(args.out)
     loaded = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows, reasons = problems.keep_gradable(args.dataset, loaded)

@@ -2,15 +2,15 @@
 
 A step is numbered 1 to 6 in `train`: draw prompts, sample a response to each from the policy, score
 it, take ln pi_ref, regress beta2 ln(pi / pi_ref) onto r - V*, give the new weights to the engine.
-If you know other trainers:
+What differs from other trainers:
 
-1. There is no critic and no group of responses. The baseline is V*, which stage 1 has computed.
-2. There is no importance ratio and no clipping. The loss is a squared error, in losses.py.
-3. ln pi(y|x) is a sum over the response's tokens, EOS included, and is not divided by its length.
+- There is no critic and no group of responses. The baseline is V*, which stage 1 has computed.
+- There is no importance ratio, and no clipping of one. The loss is a squared error, in losses.py.
+- ln pi(y|x) is a sum over the response's tokens, EOS included, and is not divided by its length.
    The policy and the reference compute it by the same code in the same shapes.
-4. As published, a step makes two updates, each on its half of the responses. The second half was
+- As published, a step makes two updates, each on its half of the responses. The second half was
    sampled before the first update, so it is slightly off-policy. --updates-per-batch 1 avoids that.
-5. There is no learning-rate schedule and no entropy bonus.
+- There is no learning-rate schedule and no entropy bonus.
 
 It uses all GPUs of this machine, or the CPU if there is none. On several machines, start it on each
 with torchrun (docs/hardware.md).
@@ -123,15 +123,18 @@ def update(
     optimizer: torch.optim.Optimizer,
     updates: list[list[MicroBatch]],
     loss_function: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    max_grad_norm: float = 1.0,
 ) -> dict[str, float]:
     """Make one optimizer step for each update; all ranks must call it together.
 
     `updates` has the micro-batches of each update. `policy` may be any module that takes a
-    micro-batch's inputs, such as a critic: the loss function gets what it returns. Returned are
+    micro-batch's inputs, such as a critic: the loss function gets what it returns. A gradient whose
+    norm is above `max_grad_norm` is scaled down to it. Returned are
 
-    - "loss" and "grad_norm" (before clipping at 1.0): means over the updates;
+    - "loss" and "grad_norm" (before clipping): means over the updates;
     - each statistic of the loss function: its mean over the sequences;
-    - "logprob_gap": the mean over the tokens of |ln pi by this forward pass - ln pi by the engine|;
+    - "logprob_gap": the mean over the tokens of |ln pi by this forward pass - ln pi by the engine|
+      (for a critic it means nothing);
     - "kl_per_token", if there is a statistic "logratio".
 
     The last three are of the first update, before it moves the weights: there the policy is still
@@ -156,7 +159,7 @@ def update(
                 add_sums(sums, batch, output.detach())
         # The norm of the gradient, over the slices of all ranks. FSDP's tensors are DTensors: each
         # rank holds its slice, and full_tensor() puts the slices of all ranks together.
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         grad_norm += norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
@@ -262,7 +265,9 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         with timed(metrics, "seconds_update"):
             if algorithm.prepare is not None:
                 algorithm.prepare(run.policy, updates)
-            metrics |= update(run.policy, run.optimizer, updates, algorithm.loss)
+            metrics |= update(
+                run.policy, run.optimizer, updates, algorithm.loss, args.max_grad_norm
+            )
             metrics["peak_gib"] = used_memory()
 
         # 6. pi_{t+1} into the engine.
@@ -675,6 +680,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--beta2", type=positive_number, default=1e-3, help="strength of the pull to the reference")
     add("--lr", type=positive_number, default=1e-6, help="learning rate of AdamW, constant")
+    add(
+        "--max-grad-norm",
+        type=positive_or_infinite,
+        default=1.0,
+        help="scale a gradient with a larger norm down to it; inf: never",
+    )
     add(
         "--lora-rank",
         type=whole_number,

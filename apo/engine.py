@@ -373,7 +373,10 @@ def silent_tokens(tokenizer: Any) -> set[int]:
 
 
 def response_text(prompt: Prompt, ids: list[int], silent: set[int], tokenizer: Any) -> str:
-    """Decode a response. Where the chat template has opened a thought, its mark is put before."""
+    """Decode a response.
+
+    If the prompt ends with an opened thought, by the chat template, the text begins with its mark.
+    """
     text = tokenizer.decode([token for token in ids if token not in silent])
     for opening, _ in math_reward.THOUGHTS:
         if prompt.text.rstrip().endswith(opening):

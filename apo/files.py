@@ -111,7 +111,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, document: dict) -> None:
-    """Write one JSON object whole or not at all; a value that JSON lacks is written as text."""
+    """Write one JSON object whole or not at all.
+
+    What JSON has no form for, such as a date, is written as text, and infinity as Infinity.
+    """
     write_text(path, json.dumps(document, indent=1, default=str) + "\n")
 
 
@@ -209,7 +212,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
     """Return a short hash of each file of a model, in milliseconds whatever its size.
 
     Small files are read whole, weight files at NUM_BLOCKS places spread over them. Training changes
-    every weight, so this tells two models apart. A single changed byte can go unseen.
+    weights all over these files, so this tells two models apart. One changed byte can go unseen.
     """
     fingerprint = {}
     for path in model_files(folder):

@@ -48,7 +48,8 @@ def check(lora_rank: int, offload_ref: bool) -> None:
 class LoraPolicy(Policy):
     """A policy whose weights are frozen, and whose adapters are trained."""
 
-    # The frozen weights are exact in it already, and adapters are saved apart from them.
+    # A resumed run reads the reference's weights, and the adapters in float32. The merged weights
+    # of a checkpoint are for vLLM and from_pretrained, so they may be rounded.
     checkpoint_dtype = COMPUTE_DTYPE
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ r"""What equal means for two answers in LaTeX (docs/grading.md gives the reasons
     decimal       0.333333 = 1/3: a decimal is right to all its digits, and to six at least
     percent       50\% = 50 = 0.5
     unit          5\text{ kg} = 5 kilograms = 5, but not 5 g; a base is a unit: 52_8 = 52
-    name          x = 5 is 5, and so is 2 + 3 = 5; but x + y = 5 is an equation
+    name          x = 5 is 5, and so is 2 + 3 = 5; a right answer x + y = 5 is an equation
     equation      y = 2x + 3 is 2x - y + 3 = 0: equal up to a factor
     list          1, 2 = \{2, 1\} = 2 or 1, in any order; but 1, 1, 2 is not 1, 2, 2
     tuple         (1, 2) = x=1, y=2 = a column vector: brackets and order count
@@ -128,7 +128,7 @@ def all_of(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def compare_equations(golds: list[str], preds: list[str], algebra: Algebra) -> bool | None:
-    """Compare two texts of which one has equals signs; both are split at these."""
+    """Compare two texts of which at least one has equals signs; both are split at these."""
     # x=5 accepts 5, and it accepts x=2+3=5. From here on it is 5.
     if len(golds) == 2 and is_name(golds[0]) and (len(preds) == 1 or preds[0] == golds[0]):
         golds = golds[1:]

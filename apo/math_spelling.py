@@ -14,7 +14,7 @@ from itertools import accumulate
 # Tables -------------------------------------------------------------------------------------------
 
 # A character, and what it is in LaTeX.
-CHARACTERS = r"""
+CHARACTER_TABLE = r"""
     − -   – -   × \times   · \cdot   ⋅ \cdot   ÷ /   √ \sqrt   π \pi   ∞ \infty   ° ^\circ   ， ,
     ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
     θ \theta   α \alpha   β \beta   γ \gamma   λ \lambda   μ \mu   φ \phi   ω \omega   Δ \Delta
@@ -23,8 +23,9 @@ CHARACTERS = r"""
 """
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
-# A command or a word, and what this file uses for it.
-NAMES = r"""
+# A command or a word, and what this file uses for it. ~ stands for a space. x \in A is read as
+# x = A, and a union as a list.
+NAME_TABLE = r"""
     \dfrac \frac   \tfrac \frac   \cfrac \frac   \dbinom \binom   \tbinom \binom   \$ $
     \lt <   \gt >   \le ≤   \leq ≤   \leqslant ≤   \ge ≥   \geq ≥   \geqslant ≥   \ne ≠   \neq ≠
     \infty ∞   \in =   \approx =   \cup ,   \{ {   \} }   \lbrace {   \rbrace }   \mid |   \% %
@@ -48,8 +49,8 @@ def table(rows: str) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
-LETTERS = str.maketrans({letter: word + " " for letter, word in table(CHARACTERS).items()})
-NAME = table(NAMES) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
+LATEX_OF = str.maketrans({letter: word + " " for letter, word in table(CHARACTER_TABLE).items()})
+NEW_NAME = table(NAME_TABLE) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
 
 # Spelling: replacements that change no meaning ----------------------------------------------------
 
@@ -61,7 +62,7 @@ def expand_characters(text: str) -> str:
     for sign, characters in (("^", RAISED), ("_", LOWERED)):
         run = f"([{''.join(characters)}]+)"
         text = re.sub(run, sign + r"{\1}", text).translate(str.maketrans(characters))
-    return text.translate(LETTERS)
+    return text.translate(LATEX_OF)
 
 
 @functools.lru_cache(10_000)
@@ -81,7 +82,7 @@ def spell(text: str) -> str:
 def rename(text: str) -> str:
     """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
     text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
-    text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NAME.get(name[0], name[0]), text)
+    text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
     text = re.sub(r"\\mathbb *([A-Z])", r"\\mathbb{\1}", text)
@@ -146,7 +147,8 @@ def read_numbers(text: str) -> str:
     text = re.sub(r"\$ *([\d,.{}]*\d)", r"\1\\text{dollar}", text)  # $18.90
     text = re.sub(r"(?<=\d) *\$", r"\\text{dollar}", text)
     text = re.sub(r" *(%|per cent)", "%", text)
-    text = re.sub(r"(\d*\.\d*)\\overline *\{(\d+)\}", r"\1" + 13 * r"\2", text)  # 0.\overline{3}
+    # 0.\overline{3} is 0.333..., with more digits than any comparison looks at.
+    text = re.sub(r"(\d*\.\d*)\\overline *\{(\d+)\}", r"\1" + 13 * r"\2", text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
     return re.sub(r"(?<=\d)E\+?(?=-?\d)", "e", text)
 

@@ -20,7 +20,8 @@ UNITS = {}
 for row in UNIT_TABLE.split(";"):
     for word in row.split():
         UNITS[word] = row.split()[0]
-# With one of these words a number is another number, or not one number any more.
+# Words that are no units. With one of them the value is another one (5 dozen), or there is no
+# single value any more (5 or more).
 NO_UNIT_WORDS = """
     dozen score hundred thousand million billion trillion quadrillion quintillion lakh crore
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth

@@ -1,8 +1,9 @@
 """The memory of a GPU in stage 2: what each part takes, and whether the KV cache fits beside them.
 
-Two models are trained and sampled on the same GPUs. The engine's cache is sized from what a step
-needs. Where the trainer and such a cache fit on the GPU together, nothing else is done. Where they
-do not, vLLM's sleep mode is switched on: the cache is given up while the policy is updated.
+Stage 2 trains and samples on the same GPUs: each holds its part of the policy, the reference and
+AdamW's state, and an engine with a KV cache. The cache is sized from what a step needs. Where the
+trainer and such a cache fit on the GPU together, nothing else is done. Where they do not, vLLM's
+sleep mode is switched on: the cache is given up while the policy is updated.
 
 The numbers are in bytes, for each GPU. All but the activations is arithmetic. The formula for the
 activations counts the tensors that are alive at three moments of a backward pass. It was derived
@@ -21,8 +22,8 @@ import torch.distributed as dist
 
 GIB = 2**30
 BLOCK = 16  # tokens; vLLM hands the cache out in such blocks
-# This many responses have room in the cache at their full length. It is vLLM's own limit on most
-# GPUs. Most responses are far shorter, so more of them run at once on a GPU that allows it.
+# The cache has room for this many responses at their full length. On most GPUs vLLM runs no more
+# at once. Where its limit is higher, more share the same cache, since most are far shorter.
 MOST_AT_ONCE = 256
 # What no formula here covers: the CUDA context, workspaces of kernels, NCCL, the engine's CUDA
 # graphs, and memory lost to fragmentation. These two are a guess until they are measured.
@@ -125,13 +126,13 @@ def model_size(config: Any) -> ModelSize:
     )
 
 
-def num_adapter_parameters(size: ModelSize, rank: int) -> int:
-    """Count LoRA's parameters: of each linear layer, `rank` times its inputs and its outputs."""
+def num_adapter_parameters(size: ModelSize, lora_rank: int) -> int:
+    """Count LoRA's parameters: of each linear layer, the rank times its inputs and its outputs."""
     width = size.num_heads * size.head_size
     kv_width = size.num_kv_heads * size.head_size
     attention = 2 * (size.hidden + width) + 2 * (size.hidden + kv_width)
     mlp = 3 * (size.hidden + size.intermediate)
-    return rank * size.num_layers * (attention + mlp)
+    return lora_rank * size.num_layers * (attention + mlp)
 
 
 def layer_bytes(size: ModelSize, all_trained: bool) -> int:
@@ -172,7 +173,8 @@ def activations(size: ModelSize, setup: Setup) -> int:
         reduced = 4 * size.layer_parameters // setup.gpus_per_machine
 
     # At the head: a chunk of float32 logits three times and the head's gradient, or that gradient
-    # three times. The last norm keeps four states; the rotary positions are the same in all layers.
+    # three times. The last norm keeps four states, and the rows that the head reads are a fifth.
+    # The rotary positions are the same in all layers.
     chunk = 3 * 4 * CHUNK * size.vocabulary
     head_gradient = 2 * size.vocabulary * size.hidden
     logits = chunk
@@ -188,11 +190,14 @@ def activations(size: ModelSize, setup: Setup) -> int:
         kept = layer + max(states, state + (size.num_layers - 1) * reduced)
     # Two bf16 gradients as wide as the MLP. The 2.5 bytes were fitted to the simulation.
     in_layer = tokens * (4 * size.intermediate + 2.5 * size.hidden)
+    # The layer's own weights.
     at_layer = gathered + layer_weights + kept + in_layer
     if all_trained:
+        # In float32 the layer's gradient has twice the bytes of its bf16 weights.
         at_layer += 2 * layer_weights + head_gradient
 
-    # At the end: what is in no layer is reduced, as bf16 and float32. One GPU alone copies it.
+    # At the end: what is in no layer is reduced, as bf16 (2 bytes each) and float32 (4). One GPU
+    # alone copies it; the 9 bytes were fitted to the simulation.
     at_end = 0
     if all_trained:
         at_end = (6 if is_sharded else 9) * size.root_parameters + size.num_layers * reduced

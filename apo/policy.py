@@ -108,9 +108,9 @@ def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[lis
     """Assign sequences to ranks and micro-batches: [rank][micro-batch] -> places in `lengths`.
 
     A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number of
-    forward passes on every rank, so all ranks get the same number of micro-batches. It is the
-    smallest with which `distribute` stays within the budget, because each forward pass gathers all
-    weights, which takes about as long for a small micro-batch as for a full one. A rank with few
+    forward passes on every rank, so all ranks get the same number of micro-batches: the
+    smallest number with which `distribute` stays within the budget. Each forward pass gathers all
+    weights, so that a small micro-batch costs about as much time as a full one. A rank with few
     sequences can have empty ones.
     """
     places_of_ranks = distribute(range(len(lengths)), lengths, num_ranks)
@@ -230,9 +230,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, in the form that transformers calls.
 
-    Takes (1, heads, T, dim) and returns (1, T, heads, dim). transformers can find out that
-    sequences are packed, but only without a cache and without a mask. Otherwise each sequence also
-    attends to those before it, and nothing warns of it. Here the bounds are given.
+    Takes (1, heads, T, dim) and returns (1, T, heads, dim). The attention functions of
+    transformers guess from the positions where a packed sequence begins, and only if there is
+    neither a cache nor a mask. If they do not guess, each sequence also attends to those before it,
+    and nothing warns of it. So the bounds are given here.
     """
     # (T, heads, dim)
     query = query[0].transpose(0, 1)
@@ -520,7 +521,7 @@ def find_checkpoint(folder: Path) -> Path | None:
         damaged = path.with_name(f"damaged-{time.time():.0f}-{path.name}")
         path.rename(damaged)
         print(
-            f"{path} is damaged: it is called {damaged.name} now, and the one before it is used",
+            f"{path} is damaged: it is called {damaged.name} now, and is not used",
             file=sys.stderr,
         )
     if found:

@@ -157,7 +157,7 @@ FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 
 def find_task(name: str) -> str:
-    """Return the entry of DATASETS that scores the rows of `name`.
+    """Return the name of the task, in DATASETS, that scores the rows of `name`.
 
     A local file given by its path is mathematics. Files of another task need an entry with
     {split} in its source.
@@ -389,12 +389,10 @@ def prompt_style(
 
 
 def style_of_task(style: PromptStyle, task: str, trained_reward: str | None) -> PromptStyle:
-    """Return the style in which to ask a task of a model that was trained with `style`.
+    """Return the style of a task's prompts, for a model that was trained with `style`.
 
-    `trained_reward` names the reward of its training; it is None for a model not trained here.
-
-    A task with the same reward function is asked with the template of training, any other task with
-    its own template.
+    If the task has the reward function of the training (`trained_reward`; None for a model that was
+    not trained here), its prompts use the template of training, else the task's own.
     """
     if reward_name(task) == trained_reward:
         return style
@@ -479,8 +477,8 @@ def cut_prompts(prompts: list[Prompt], longest: int, tokenizer: Any) -> str | No
         return None
     sentence = f"{num_cut} of {len(prompts)} prompts have more than {longest} tokens"
     if num_cut > len(prompts) / 2:
-        raise UserError(f"{sentence}: too many to ask only for their end")
-    return f"{sentence}: only their end is asked"
+        raise UserError(f"{sentence}: too many to cut their beginnings off")
+    return f"{sentence}: their beginnings are cut off"
 
 
 # ---------------------------------------------------------------------------------------------

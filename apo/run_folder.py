@@ -13,8 +13,8 @@ from apo import files
 from apo.engine import Response
 from apo.policy import find_checkpoint, saved_step
 
-# What may be different on --resume: how long the run is, the hardware, and where its files lie.
-# Nothing here changes what is computed.
+# What may be different on --resume: how long the run is, where its files lie, what it saves and
+# reports, and how it uses memory and hardware. Nothing here changes what is computed.
 FREE_ON_RESUME = (
     "resume",
     "out",

@@ -5,8 +5,8 @@ states. An architecture that needs anything else (a window, scaled logits, a sta
 from token to token) would train without an error, but on a wrong distribution. So three things are
 checked, and none of them knows architectures by name:
 
-1. `check_config`, before the engine starts: what the config says and a short test cannot show, and
-   whether the model is made of layers as the trainer expects.
+1. `check_config`, before the engine starts: what only the config tells, such as a window that is
+   longer than the test, and whether the model is made of layers as the trainer expects.
 2. `check_model`, on rank 0: ln pi of packed sequences is that of each sequence alone through the
    plain model, and that of the engine.
 3. `check_policy`, in stage 2: ln pi by the sharded policy is that of the engine, which has just got
@@ -208,8 +208,8 @@ def sample_for_check(llm: Any, prompts: list[Prompt]) -> list[Response]:
 def check_model(folder: Path, responses: list[Response]) -> None:
     """Compare ln pi of these responses: packed, each alone, and by the engine. Rank 0 calls it.
 
-    Everything runs in float32 on the CPU, so that only the method differs. Raises UserError if the
-    results disagree.
+    The first two are computed here, in float32 on the CPU, so that only the method differs. The
+    third the engine computed while it sampled, on a GPU in bf16. Raises UserError if they disagree.
     """
     # The other ranks wait, so all cores are free. torchrun gives each rank only one thread.
     num_threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The values file, which stage 1 writes and stage 2 reads: its shape and its range are checked.
+"""The values file, which stage 1 writes and stage 2 reads: its fields and their values are checked.
 
 It is ordinary JSON, {"header": {...}, "prompts": [...]}, which a person may write or edit by hand.
 A header needs "model", "beta1", "temperature", "max_prompt_tokens" and "max_tokens"; a prompt needs
@@ -42,7 +42,8 @@ def load_values(path: str) -> Values:
     entries = check_entries(document, path)
     check_answers(entries, header["task"], path)
     style = PromptStyle.from_settings(header)
-    # What training depends on. The rest of the header describes how the file was made.
+    # Prompts, rewards, and the two settings of sampling. The other settings that matter (model,
+    # task, prompt style) are in a run's config.json by name.
     digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
     return Values(header, entries, style, digest)
 
@@ -72,9 +73,13 @@ def check_header(document: dict, name: str) -> dict:
     for field, kind in KINDS.items():
         if not isinstance(header[field], kind):
             raise UserError(f'{name}: "{field}" in its header cannot be {header[field]!r}')
-    # 256.0 is a whole number too.
-    header["max_prompt_tokens"] = int(header["max_prompt_tokens"])
-    header["max_tokens"] = int(header["max_tokens"])
+    for field in ("max_prompt_tokens", "max_tokens"):
+        # 256.0 is a whole number too.
+        if header[field] != int(header[field]):
+            raise UserError(
+                f'{name}: "{field}" in its header is {header[field]}, not a whole number'
+            )
+        header[field] = int(header[field])
     check_task(header, name)
     check_reference(header, name)
     return header

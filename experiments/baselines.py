@@ -21,8 +21,8 @@ pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running m
 rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
 All but `replay` make one pass over a rollout in --updates-per-batch updates. All clip gradients at
-norm 1 and use AdamW, as A*-PO does. The names and defaults are TRL's (verl's PPO has lambda = 1 and
-clips values at 0.5), with these differences:
+--max-grad-norm and use AdamW, as A*-PO does. The names and defaults are TRL's (verl's PPO has
+lambda = 1 and clips values at 0.5), with these differences:
 
 - One pass over each rollout, where TRL's PPO and REBEL's authors make four.
 - GRPO's KL term is the published one, with weight 0.04. TRL 1.16 has 0. (--kl-weight)
@@ -375,7 +375,7 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
                 rewards = token_rewards(
                     batch.rewards, old_logp, batch.ref_logp, batch.lengths, args.kl_weight
                 )
-                advantages, returns = gae(rewards, values, batch.lengths)
+                advantages, returns = gae(rewards, values, batch.lengths, lam=args.gae_lambda)
                 batch.extra["old_logp"] = old_logp
                 batch.extra["old_values"] = values
                 batch.extra["advantages"] = advantages
@@ -426,6 +426,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="weight of the KL term, if not that of the method's authors",
     )
+    group.add_argument(
+        "--gae-lambda",
+        type=command_line.fraction,
+        help=f"PPO's lambda of GAE ({LAMBDA}); 1: the advantage is the return minus the value",
+    )
     # None stands for the method's own number.
     parser.set_defaults(samples_per_prompt=None)
     return parser
@@ -440,6 +445,10 @@ def check_method(args: argparse.Namespace) -> None:
         args.kl_weight = method.kl_weight
     elif not 0 <= args.kl_weight < float("inf"):
         raise UserError(f"--kl-weight {args.kl_weight} is not a number of at least 0")
+    if args.gae_lambda is not None and args.method != "ppo":
+        raise UserError(f"{args.method} has no --gae-lambda: that is PPO's")
+    if args.gae_lambda is None:
+        args.gae_lambda = LAMBDA
     if args.samples_per_prompt is None:
         args.samples_per_prompt = method.samples_per_prompt
     if args.method == "grpo" and args.samples_per_prompt < 2:

@@ -4,12 +4,13 @@ Question: which algorithm reaches a given reward with the fewest tokens, and in 
           do V*, N and off-policy data do for A*-PO?
 Command:  python -m experiments.countdown make           the task and its reference
           python -m experiments.compare
+          python -m experiments.compare --rows controls --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Runs go two at a time, with one thread each. An interrupted comparison
           continues with the runs that are missing.
 Output:   in experiments/results, after each seed: compare.json, .txt and .png; or ablations.json
-          and .txt; or off-policy.json, .txt and .png.
+          and .txt, as for controls; or off-policy.json, .txt and .png.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
@@ -137,6 +138,23 @@ for data, command, num_updates in (
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
         Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
     ]
+# Why do the methods differ? Clipping at norm 1 never acts on A*-PO, whose gradient is proportional
+# to beta2. The limits here are half of the norm of the first steps, so that it acts in nearly all
+# of them. PPO's lambda is 1 in the authors' configuration.
+CLIPPED = "train_online --max-grad-norm 0.003"
+CONTROLS = [
+    Setting("a_star_po_2x_rate", rate_scale=2.0),
+    Setting("a_star_po_2x_rate_clipped", CLIPPED, rate_scale=2.0),
+    Setting("zero_2x_rate_clipped", CLIPPED, value_samples=0, rate_scale=2.0),
+    Setting(
+        "grpo_8_clipped",
+        f"{BASELINE} grpo --max-grad-norm 0.05",
+        value_samples=0,
+        responses=8,
+        loss="grpo",
+    ),
+    Setting("ppo_lambda_1", f"{BASELINE} ppo --gae-lambda 1", value_samples=0, loss="ppo"),
+]
 PROCESS = [
     Setting("response"),
     Setting("lines_2", "process --continuations 2"),
@@ -144,6 +162,7 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
+    "controls": CONTROLS,
     "ablations": ABLATIONS,
     "off-policy": OFF_POLICY,
     "process": PROCESS,  # process.py has the command

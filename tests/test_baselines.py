@@ -244,13 +244,18 @@ def rollout(samples_per_prompt: int) -> list[Response]:
 
 
 def make(
-    method: str, folder: Path, kl_weight: float | None = None, num_updates: int = 1
+    method: str,
+    folder: Path,
+    kl_weight: float | None = None,
+    num_updates: int = 1,
+    gae_lambda: float | None = None,
 ) -> tuple[Algorithm, int]:
     """Make an algorithm, and say how many responses it has per prompt."""
     samples = baselines.METHODS[method].samples_per_prompt
     args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, beta2=0.1, resume=False)
     args.method = method
     args.kl_weight = kl_weight
+    args.gae_lambda = gae_lambda
     args.updates_per_batch = num_updates
     args.gradient_checkpointing = False
     baselines.check_method(args)
@@ -453,6 +458,19 @@ def test_the_critic_learns_from_the_rewards(group, folder, critics):
     assert errors[-1] < 0.7 * errors[0]
 
 
+@pytest.mark.parametrize("gae_lambda", [None, 0.5, 1.0])
+def test_ppos_returns_decay_with_lambda(gae_lambda, group, folder, critics):
+    """All values are 0 at first and so is the KL: G_t is r times lambda for each later token."""
+    algorithm, _ = make("ppo", folder, gae_lambda=gae_lambda)
+    step = Step(folder, algorithm, rollout(1))
+    [[batch]] = updates = step.split(10_000, 1)
+    step.update(updates)
+    expected = []
+    for reward, length in zip(batch.rewards.tolist(), batch.lengths.tolist(), strict=True):
+        expected += [reward * (gae_lambda or 0.95) ** later for later in reversed(range(length))]
+    close(batch.extra["returns"], torch.tensor(expected), 1e-5)
+
+
 def test_running_mean_is_of_earlier_steps(folder):
     algorithm, _ = make("running", folder)
     means = []
@@ -533,6 +551,7 @@ def test_a_fork_needs_a_loss_and_no_more(group, folder):
         ("rebel --samples-per-prompt 3", "REBEL needs pairs"),
         ("ppo --resume", "ppo cannot --resume"),
         ("running --resume", "running cannot --resume"),
+        ("grpo --gae-lambda 0.9", "grpo has no --gae-lambda: that is PPO's"),
         ("running --kl-weight 0.1", "running has no --kl-weight: use --beta2"),
         ("grpo --kl-weight -1", "--kl-weight -1.0 is not a number of at least 0"),
         ("grpo --kl-weight nan", "--kl-weight nan is not a number of at least 0"),
@@ -550,6 +569,7 @@ RUNS = {
     "rebel": ("-m", "experiments.baselines", "--method", "rebel"),
     "ppo": ("-m", "experiments.baselines", "--method", "ppo"),
     "ppo on 2 ranks": (*torchrun(2), "-m", "experiments.baselines", "--method", "ppo"),
+    "clipped": ("-m", "experiments.baselines", "--method", "rebel", "--max-grad-norm", "1e-13"),
 }
 
 
@@ -579,6 +599,17 @@ def test_a_method_trains(method, samples, runs):
     config = files.read_json(runs[method] / "config.json")
     assert config["method"] == method and config["samples_per_prompt"] == samples
     assert (runs[method] / "final" / "model.safetensors").exists()
+
+
+def test_a_small_max_grad_norm_stops_the_training(runs):
+    """AdamW adds 1e-8 to the size of each gradient, beside which 1e-13 is nothing.
+
+    The weight decay is left, which moves the policy a little.
+    """
+    clipped = read_metrics(runs["clipped"])
+    free = read_metrics(runs["rebel"])
+    assert clipped[0]["grad_norm"] > 1  # it is logged as it was before clipping
+    assert 0 < abs(clipped[1]["logratio"]) < 0.05 * abs(free[1]["logratio"])
 
 
 def test_ranks_change_nothing_but_rounding(runs):
@@ -657,7 +688,7 @@ def test_a_task_of_ones_own_runs_through_its_module():
     command = compare.stage_command(theirs, grpo)
     assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
     assert compare.stage_command(ours, "process")[:2] == ["-m", "experiments.process"]
-    for settings in (compare.COMPARISON, compare.ABLATIONS, compare.OFF_POLICY):
+    for settings in (compare.COMPARISON, compare.CONTROLS, compare.ABLATIONS, compare.OFF_POLICY):
         for setting in settings:
             assert setting.command.split()[0] in countdown.STAGES
 

@@ -99,6 +99,7 @@ WRONG = {  # name: a change, what the error says
     "an answer that no box can hold": (in_second_prompt(answer="{1"), "b: its answer"),
     "no max_tokens": (in_header(max_tokens=None), '"max_tokens"'),
     "too long": (in_header(max_tokens=5000), "5000"),
+    "half a token": (in_header(max_tokens=48.5), '"max_tokens" in its header is 48.5, not a whole'),
     "unknown task": (in_header(task="chess"), "'chess'"),
     "another reward": (in_header(reward="apo.chess.reward"), "apo.chess.reward"),
     "prompt of another type": (lambda document: document["prompts"].append(3), "prompt 3"),
