@@ -28,12 +28,26 @@ matplotlib.use("Agg")  # there may be no display
 import numpy
 from cycler import cycler
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from apo import files
 from experiments.plot import COLOURS, smooth, spread
 
 SMOOTHING = 9  # steps
 NAMES_IN_TABLE = "reward_final|pass_at_.*|kl|.*_other"
+# How a row is called in a picture, if not by its name in the results.
+LABELS = {
+    "a_star_po_n8": "A*-PO, N = 8",
+    "a_star_po_n2": "A*-PO, N = 2",
+    "a_star_po_n1": "A*-PO, N = 1",
+    "mean": "A*-PO, mean for V*",
+    "zero": "A*-PO, 0 for V*",
+    "running": "A*-PO, running mean",
+    "grpo_8": "GRPO, groups of 8",
+    "grpo_4": "GRPO, groups of 4",
+    "rebel": "REBEL",
+    "ppo": "PPO",
+}
 
 # ---------------------------------------------------------------------------------------------
 # Reading
@@ -119,38 +133,64 @@ def sum_up(runs: list[Run], goals: list[float], eval_samples: int) -> dict:
     row["kl"] = mean_and_error([run.kl for run in runs])
     for name in runs[0].scores.other:
         row[f"{name}_other"] = mean_and_error([run.scores.other[name] for run in runs])
-    for what in ("tokens", "seconds"):
-        row[f"{what}_to"] = {}
-        for goal in goals:
-            spent = [reach(run.reward, getattr(run, what), goal) for run in runs]
-            row[f"{what}_to"][f"{goal:g}"] = mean_and_error(spent)
+    row["tokens_to"] = {}
+    row["seconds_to"] = {}
+    for goal in goals:
+        tokens = [reach(run.reward, run.tokens, goal) for run in runs]
+        seconds = [reach(run.reward, run.seconds, goal) for run in runs]
+        row["tokens_to"][f"{goal:g}"] = mean_and_error(tokens)
+        row["seconds_to"][f"{goal:g}"] = mean_and_error(seconds)
     return row
 
 
 def make_table(results: list[dict], reference: Scores) -> list[str]:
     """Write the results as text: what each method has in the end, and what each goal took."""
-    names = [name for name in results[0] if re.fullmatch(NAMES_IN_TABLE, name)]
     lines = ["In the end (mean ± standard error over the seeds)", ""]
-    header = f"{'method':22} seeds  rate      KL weight"
-    lines.append(header + "".join(f"{name:>18}" for name in names))
-    line = f"{'reference':49}"
+    lines += table_of_scores(results, reference)
+    title = "stage 1 included: in all, and to each reward (- unless every run reached it)"
+    lines += ["", f"millions of tokens, {title}", ""]
+    lines += table_of_costs(results, "tokens", 1e6)
+    lines += ["", f"seconds, {title}", ""]
+    lines += table_of_costs(results, "seconds", 1.0)
+    return lines
+
+
+def table_of_scores(results: list[dict], reference: Scores) -> list[str]:
+    """Write a line for the reference and for each method, with all scores."""
+    names = []
+    for name in results[0]:
+        if re.fullmatch(NAMES_IN_TABLE, name):
+            names.append(name)
+    header = f"{'method':26} seeds  rate      KL weight"
+    of_reference = f"{'reference':53}"
     for name in names:
+        header += f"{name:>18}"
         value = value_of_reference(name, reference)
-        line += " " * 18 if value is None else f"{value:>10.3f}        "
-    lines.append(line)
+        if value is None:
+            of_reference += " " * 18
+        else:
+            of_reference += f"{value:>10.3f}        "
+    lines = [header, of_reference]
     for row in results:
-        line = f"{row['method']:22} {row['seeds']:5}  {row['learning_rate']:<10.3g}"
+        line = f"{row['method']:26} {row['seeds']:5}  {row['learning_rate']:<10.3g}"
         line += f"{row['kl_weight']:<10g}"
-        lines.append(line + "".join(f"{format_pair(row[name]):>18}" for name in names))
-    for what, unit in (("tokens", 1e6), ("seconds", 1.0)):
-        title = f"{'millions of ' if unit > 1 else ''}{what}, stage 1 included"
-        lines += ["", f"{title}: in all, and to each reward (- unless every run reached it)", ""]
-        goals = results[0][f"{what}_to"]
-        lines.append(f"{'method':22}{'total':>18}" + "".join(f"{goal:>18}" for goal in goals))
-        for row in results:
-            spent = [row[f"{what}_total"], *row[f"{what}_to"].values()]
-            cells = [format_pair(pair, unit) for pair in spent]
-            lines.append(f"{row['method']:22}" + "".join(f"{cell:>18}" for cell in cells))
+        for name in names:
+            line += f"{format_pair(row[name]):>18}"
+        lines.append(line)
+    return lines
+
+
+def table_of_costs(results: list[dict], what: str, unit: float) -> list[str]:
+    """Write a line for each method, with what was spent in all and until each goal."""
+    header = f"{'method':26}{'total':>18}"
+    for goal in results[0][f"{what}_to"]:
+        header += f"{goal:>18}"
+    lines = [header]
+    for row in results:
+        line = f"{row['method']:26}"
+        for pair in (row[f"{what}_total"], *row[f"{what}_to"].values()):
+            line += f"{format_pair(pair, unit):>18}"
+        lines.append(line)
     return lines
 
 
@@ -160,15 +200,20 @@ def value_of_reference(name: str, reference: Scores) -> float | None:
         return reference.pass_at_k[name.removeprefix("pass_at_")]
     if name.endswith("_other"):
         return reference.other[name.removesuffix("_other")]
-    return 0.0 if name == "kl" else None
+    if name == "kl":
+        return 0.0
+    return None
 
 
 def format_pair(pair: list[float] | None, unit: float = 1.0) -> str:
     """Write a mean and its standard error."""
     if pair is None:
         return "-"
-    digits = 0 if pair[0] / unit >= 100 else 3
-    return f"{pair[0] / unit:.{digits}f} ± {pair[1] / unit:.{digits}f}"
+    mean = pair[0] / unit
+    error = pair[1] / unit
+    if mean >= 100:
+        return f"{mean:.0f} ± {error:.0f}"
+    return f"{mean:.3f} ± {error:.3f}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,7 +226,10 @@ def best_methods(results: list[dict], key: str, goal: str) -> list[str]:
     A difference of less than two standard errors is none. With fewer than three seeds the errors
     say nothing, and no method is returned.
     """
-    pairs = {row["method"]: row[key][goal] for row in results if row[key][goal] is not None}
+    pairs = {}
+    for row in results:
+        if row[key][goal] is not None:
+            pairs[row["method"]] = row[key][goal]
     if not pairs or results[0]["seeds"] < 3:
         return []
     best, error = min(pairs.values())
@@ -196,43 +244,67 @@ def draw_comparison(
     runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Path
 ) -> None:
     """Draw the reward of all methods, with a band of one standard error, against what was spent."""
-    styles = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)
     figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 4), sharey=True, layout="constrained")
-    for axes, what, unit in zip(panels, ("tokens", "seconds"), (1e6, 1.0), strict=True):
-        axes.set_prop_cycle(styles)
-        for runs in runs_of.values():
-            rewards = numpy.array([run.reward for run in runs])
-            spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0) / unit
-            mean = rewards.mean(axis=0)
-            error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
-            [line] = axes.plot(spent, mean, linewidth=1.5)
-            axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
-        best = best_methods(results, f"{what}_to", goal)
-        told = f"{len(best)} methods" if len(best) > 2 else " and ".join(best)
-        title = f"Fewest {what} to reward {goal}: {told}" if best else f"Reward by {what}"
-        axes.set_title(title, fontsize=9, loc="left")
-        label = f"millions of {what}" if unit > 1 else what
-        axes.set_xlabel(f"{label}, stage 1 included", fontsize=8.5)
-        axes.tick_params(labelsize=8)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+    draw_rewards(panels[0], runs_of, "tokens", 1e6)
+    draw_rewards(panels[1], runs_of, "seconds", 1.0)
+    panels[0].set_title(title_of(results, "tokens", goal), fontsize=9, loc="left")
+    panels[1].set_title(title_of(results, "seconds", goal), fontsize=9, loc="left")
+    panels[0].set_xlabel("millions of tokens, stage 1 included", fontsize=8.5)
+    panels[1].set_xlabel("seconds, stage 1 included", fontsize=8.5)
     panels[0].set_ylabel("reward of the training responses", fontsize=8.5)
-    # Write the name of each line at its end.
-    lines = panels[1].lines
-    bottom, top = panels[1].get_ylim()
-    ends = [(line.get_ydata()[-1] - bottom) / (top - bottom) for line in lines]
-    for line, name, end in zip(lines, runs_of, spread(ends, gap=0.06), strict=True):
-        style = {"color": line.get_color(), "fontsize": 8}
-        dashes = "- - " if line.get_linestyle() == "--" else ""
-        panels[1].annotate(dashes + name, (1.02, end), xycoords="axes fraction", **style)
+    name_lines(panels[1], list(runs_of))
     figure.savefig(out, dpi=200)
     pyplot.close(figure)
 
 
+def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: float) -> None:
+    """Draw one line with its band for each method, against tokens or seconds."""
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=COLOURS))
+    for runs in runs_of.values():
+        rewards = numpy.array([run.reward for run in runs])
+        spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0) / unit
+        mean = rewards.mean(axis=0)
+        error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
+        [line] = axes.plot(spent, mean, linewidth=1.5)
+        axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def title_of(results: list[dict], what: str, goal: str) -> str:
+    """Say in a picture's title which methods reached the goal first."""
+    best = best_methods(results, f"{what}_to", goal)
+    if not best:
+        return f"Reward by {what}"
+    if len(best) > 2:
+        return f"Fewest {what} to reward {goal}: {len(best)} methods"
+    return f"Fewest {what} to reward {goal}: {' and '.join(map(label_of, best))}"
+
+
+def label_of(method: str) -> str:
+    """Return how a row is called in a picture."""
+    return LABELS.get(method, method)
+
+
+def name_lines(axes: Axes, methods: list[str]) -> None:
+    """Write the name of each line at its end, in the line's colour."""
+    bottom, top = axes.get_ylim()
+    ends = []
+    for line in axes.lines:
+        ends.append((line.get_ydata()[-1] - bottom) / (top - bottom))
+    for line, method, end in zip(axes.lines, methods, spread(ends, gap=0.06), strict=True):
+        text = label_of(method)
+        if line.get_linestyle() == "--":
+            text = "- - " + text
+        place = (1.02, end)
+        axes.annotate(text, place, xycoords="axes fraction", color=line.get_color(), fontsize=8)
+
+
 def draw_off_policy(results: list[dict], out: Path) -> None:
-    """Draw the final reward against how far off-policy the data is, for V*, the mean and 0."""
+    """Draw the final reward against how often a rollout is used, for V*, the mean and 0."""
     rows = {row["method"]: row for row in results}
     ticks = {"updates_1": "1 update", "updates_4": "4 updates", "updates_16": "16 updates"}
     ticks["replay"] = "replay of\n4 rollouts"
@@ -240,13 +312,17 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
     for shift, (baseline, label) in enumerate(
         (("v_star", "V*"), ("mean", "mean reward"), ("zero", "0"))
     ):
-        pairs = [rows[f"{data}_{baseline}"]["reward_final"] for data in ticks]
-        places = [number + 0.06 * (shift - 1) for number in range(len(ticks))]
-        means = [mean for mean, _ in pairs]
-        errors = [error for _, error in pairs]
+        places = []
+        means = []
+        errors = []
+        for number, data in enumerate(ticks):
+            mean, error = rows[f"{data}_{baseline}"]["reward_final"]
+            places.append(number + 0.06 * (shift - 1))
+            means.append(mean)
+            errors.append(error)
         axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, label=label)
     axes.set_xticks(range(len(ticks)), ticks.values(), fontsize=8.5)
-    axes.set_xlabel("updates from each rollout: further off-policy to the right", fontsize=8.5)
+    axes.set_xlabel("use of each rollout", fontsize=8.5)
     axes.set_ylabel("reward at the end", fontsize=8.5)
     axes.legend(title="in V*'s place", fontsize=8.5, title_fontsize=8.5, frameon=False)
     axes.grid(alpha=0.25, linewidth=0.6)
