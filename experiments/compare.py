@@ -42,6 +42,8 @@ from typing import NamedTuple
 from apo import command_line, files, problems
 from apo.files import UserError
 from experiments.compare_results import (
+    SMOOTHING,
+    describe_stage_1,
     draw_comparison,
     draw_off_policy,
     make_table,
@@ -81,6 +83,13 @@ class Tuned(NamedTuple):
 
     rate: float
     kl_weight: float
+
+
+class TuningReward(NamedTuple):
+    """The reward of a tuning run. The run with the highest mean is chosen."""
+
+    mean: float  # over the run
+    end: float  # over its last SMOOTHING steps: near 0 if it has collapsed
 
 
 # `other` is for A*-PO ten times its weight, and for the others the published weight of A*-PO. In
@@ -383,14 +392,15 @@ def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned],
         for tuned, reward in sorted(rewards[loss].items()):
             what = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
             mark = "  chosen" if tuned == chosen[loss] else ""
-            lines.append(f"{loss:10} {what} mean reward {reward:.3f}{mark}")
+            numbers = f"mean reward {reward.mean:.3f}  at the end {reward.end:.3f}"
+            lines.append(f"{loss:10} {what} {numbers}{mark}")
     return chosen, lines
 
 
 def run_candidates(
     args: argparse.Namespace, candidates: list[tuple[str, Tuned]]
-) -> dict[str, dict[Tuned, float]]:
-    """Train the first row of each loss in COMPARISON, and return the mean rewards of the runs."""
+) -> dict[str, dict[Tuned, TuningReward]]:
+    """Train the first row of each loss in COMPARISON, and return the rewards of the runs."""
     jobs = {}
     for loss, tuned in candidates:
         setting = next(setting for setting in COMPARISON if setting.loss == loss)
@@ -399,8 +409,9 @@ def run_candidates(
     rewards = {}
     for (loss, tuned), job in jobs.items():
         steps = files.read_jsonl(job.folder / "metrics.jsonl")
-        mean = statistics.mean(step["reward"] for step in steps)
-        rewards.setdefault(loss, {})[tuned] = mean
+        each = [step["reward"] for step in steps]
+        reward = TuningReward(statistics.mean(each), statistics.mean(each[-SMOOTHING:]))
+        rewards.setdefault(loss, {})[tuned] = reward
     return rewards
 
 
@@ -430,6 +441,9 @@ def write_results(
         runs_of[setting.method] = runs
     files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
     table = make_table(results, read_scores(args.work / "reference"))
+    table.append("")
+    for count in sorted({setting.value_samples for setting in folders_of} - {0}):
+        table.append(describe_stage_1(values_file(args, count)))
     if tuning:
         table += ["", f"Tuning, seed {TUNING_SEED}", "", *tuning]
     text = "\n".join(line.rstrip() for line in table) + "\n"

@@ -100,6 +100,15 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
     )
 
 
+def describe_stage_1(values_file: Path) -> str:
+    """Say what a values file took."""
+    values = files.read_json(values_file)
+    count = len(values["prompts"][0]["rewards"])
+    tokens = sum(sum(entry["lengths"]) for entry in values["prompts"])
+    seconds = values["header"]["seconds"]
+    return f"stage 1, N = {count}: {tokens / 1e6:.3f} million tokens, {seconds:.0f} seconds"
+
+
 def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float | None:
     """Return what was spent when the reward first reached the goal, linear between steps."""
     if reward[0] >= goal:

@@ -721,6 +721,7 @@ def fake_job(job: compare.Job) -> None:
 def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     monkeypatch.setattr(compare, "run_job", fake_job)
     monkeypatch.setattr(compare_results, "SMOOTHING", 5)
+    monkeypatch.setattr(compare, "SMOOTHING", 5)
     command = f"compare --task none --model {model} --dataset {dataset} --test {dataset} --seeds 2"
     command += f" --work {tmp_path / 'work'} --out {tmp_path} --only a_star_po_n2 rebel"
     command += " --rates 0.001 0.002 --goals 0.65 2 --num-steps 6 --rollout-size 8"
@@ -763,6 +764,10 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     table = (tmp_path / "compare.txt").read_text().splitlines()
     assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
+    assert "stage 1, N = 2: 0.000 million tokens, 7 seconds" in table
+    [chosen] = [line for line in table if re.match(r"a_star_po .*chosen", line)]
+    # Rewards 0.5 to 1: 0.75 on average, and 0.8 in the last five steps.
+    assert re.search(r"rate 0.002 .* mean reward 0.750  at the end 0.800 ", chosen)
     zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
     assert zero["prompts"][0]["rewards"] == [0.0]
 
