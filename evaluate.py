@@ -21,6 +21,7 @@ import apo  # noqa: F401 - first: it says how to activate the environment if it 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import fraction, positive_integer, temperature, whole_number
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
+from apo.values import check_settings
 from losses import pass_at_k
 
 EXAMPLES = """examples:
@@ -152,6 +154,19 @@ def grade_outputs(records: list[dict]) -> list[float]:
     return [future.result() for future in futures]
 
 
+# What print_table needs of a benchmark's scores.
+SCORES = (
+    "num_problems",
+    "num_samples",
+    "mean",
+    "stderr",
+    "mean_any_end",
+    "truncated",
+    "tokens",
+    "pass_at_k",
+)
+
+
 def print_table(benchmarks: dict[str, dict]) -> None:
     """Print one line for each benchmark.
 
@@ -220,14 +235,24 @@ def grade_file(path: Path) -> dict:
 def settings_of_run(model: str) -> dict:
     """Return the config of the training run that made a model; {} for any other model.
 
-    The model is RUN/final or RUN/checkpoints/step-N, and RUN has config.json and metrics.jsonl.
+    The model is RUN/final or RUN/checkpoints/step-N, and RUN has config.json. Raises UserError if
+    somebody has edited that into something else.
     """
-    if not Path(model).is_dir():  # a hub id
+    if not os.path.isdir(model):  # a hub id
         return {}
     # RUN is the first parent of final, and the second one of step-N.
     for folder in Path(model).resolve().parents[:2]:
-        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
-            return files.read_json(folder / "config.json")
+        path = folder / "config.json"
+        if not path.exists():
+            continue
+        config = files.read_json(path)
+        if "values_digest" not in config:
+            continue  # a model's own config.json
+        check_settings(config, str(path))
+        max_tokens = config.get("max_tokens")
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise UserError(f'{path}: "max_tokens" is {max_tokens!r}, not a number of tokens')
+        return config
     return {}
 
 
@@ -357,6 +382,9 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
     done = summary.get("benchmarks")
     if not isinstance(summary.get("header"), dict) or not isinstance(done, dict):
         raise UserError(f"{path} is not a summary: give another --out, or remove it")
+    for name, scores in done.items():
+        if not isinstance(scores, dict) or not scores.keys() >= set(SCORES):
+            raise UserError(f"{path} has no scores of {name}: give another --out, or remove it")
     what = f"{path} (give another --out, or remove it)"
     files.refuse_difference(what, summary["header"], without_path(header))
     for name in benchmarks.keys() & done.keys():

@@ -37,6 +37,7 @@ from apo.command_line import (
 )
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
+from apo.values import check_entries
 from losses import optimal_value, value_standard_error
 
 EXAMPLES = """examples:
@@ -171,6 +172,20 @@ def success_rates(entries: list[dict]) -> list[float]:
     return rates
 
 
+# What print_summary needs of a header.
+SUMMARY = (
+    "seconds",
+    "tokens_per_second",
+    "mean_v_star",
+    "pass_at_1",
+    "pass_at_n",
+    "truncated",
+    "dropped_long",
+    "dropped_ungradable",
+    "grading",
+)
+
+
 def print_summary(header: dict, entries: list[dict]) -> None:
     """Print what the reference can do, with a histogram over the prompts.
 
@@ -238,6 +253,10 @@ def read_finished(out: Path, identity: dict) -> dict | None:
         raise UserError(f"{out} is not a values file: give another --out, or remove it")
     what = f"{out} (give another --out, or remove it)"
     files.refuse_difference(what, values["header"], identity)
+    check_entries(values, str(out))
+    for name in SUMMARY:
+        if name not in values["header"]:
+            raise UserError(f'{out} has lost "{name}" from its header: give another --out')
     engine.remove_partial(out)  # a kill may have come just before its removal
     print(f"{out} is finished: nothing to do")
     return values
@@ -323,6 +342,9 @@ def main() -> None:
         template, args.chat_template, args.system_prompt, args.chat_template_kwargs
     )
     max_model_len = check_context(args)
+    # A damaged tokenizer, or a missing chat template, shows here, before the engine starts.
+    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
+    problems.make_prompt(rows[0], style, tokenizer)
 
     # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks
     # runs from the top and reaches this line, too. From here on they work together.

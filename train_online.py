@@ -22,7 +22,6 @@ import apo  # noqa: F401 - first: it says how to activate the environment if it 
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import random
 import resource
@@ -605,7 +604,7 @@ def check(args: argparse.Namespace) -> TrainingData:
     files.check_writable(args.out, is_folder=True)
     if not args.resume and any(Path(args.out).glob("*")):
         raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
-    if args.tracker and importlib.util.find_spec(args.tracker) is None:
+    if args.tracker and not command_line.is_installed(args.tracker):
         raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
     lora.check(args.lora_rank, args.offload_ref)
 
@@ -635,7 +634,9 @@ def check(args: argparse.Namespace) -> TrainingData:
         eval_rows = problems.load_problems(args.eval_dataset, "test")
         _, ungradable = problems.keep_gradable(args.eval_dataset, eval_rows)
     longest = values.header["max_prompt_tokens"] + values.header["max_tokens"]
-    self_check.check_config(files.model_folder(values.header["model"]), longest)
+    folder = files.model_folder(values.header["model"])
+    self_check.check_config(folder, longest)
+    problems.load_tokenizer(folder)  # a damaged one shows here, before the engine starts
     return TrainingData(values, entries, v_star, eval_rows, ungradable)
 
 

@@ -6,6 +6,7 @@ Exit codes: 0; 2 for a user's mistake, told in one sentence; 130 and 143 for SIG
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -71,6 +72,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="arguments of the chat template, such as '{\"enable_thinking\": false}'",
     )
+
+
+def is_installed(package: str) -> bool:
+    """Say whether a package can be imported. A folder of its name, such as wandb/, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
     # After a stop signal torchrun kills its ranks when so many seconds have passed, by default 30.
     # Stage 2 needs the time of a step and a checkpoint.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
@@ -64,6 +63,8 @@ def launch(tensor_parallel_size: int = 1) -> None:
     import torch
 
     num_gpus = torch.cuda.device_count()
+    # On a CPU, vLLM warns of a dozen things at each start, all of them known and harmless.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if num_gpus > 0 else "ERROR")
     check_gpus(num_gpus)
     if "RANK" in os.environ:
         check_launcher()
@@ -188,8 +189,12 @@ def start_engine(
     on_gpu = torch.cuda.is_available()
     # On a CPU vLLM would compile for seconds to gain microseconds.
     torch._dynamo.config.disable = not on_gpu
+    # Mistral's repositories have weights and tokenizer in a second format, which vLLM would prefer.
+    options.setdefault("load_format", "safetensors")
     options |= dict(
         model=str(files.model_folder(model)),
+        config_format="hf",
+        tokenizer_mode="hf",
         max_model_len=int(max_model_len),
         seed=seed,
         dtype="bfloat16" if on_gpu else "float32",
@@ -444,6 +449,7 @@ def from_all_ranks(thing: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------
 # Sampling that survives a kill: stages 1 and 3
 
+RECORD_FIELDS = ("id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens")
 # This many responses of each engine tell whether the model ends its responses at all.
 NUM_FIRST = 100
 
@@ -525,7 +531,9 @@ def missing_requests(
     requests = []
     for prompt, count in zip(prompts, counts, strict=True):
         for number in range(count):
-            if (prompt.row["id"], number) not in done:
+            record = done.get((prompt.row["id"], number))
+            # A chat template may write the date, and so another prompt on another day.
+            if record is None or record["prompt"] != prompt.text:
                 # Step 0: no training step samples the same.
                 request_seed = response_seed(seed, 0, prompt.row["id"], number)
                 requests.append(Request(prompt, number, request_seed))
@@ -579,7 +587,9 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
     records = []
     for path in paths:
         for record in files.read_whole_lines(path):
-            if "id" in record and "sample" in record:
+            # What somebody has edited away is sampled again.
+            is_whole = record.keys() >= set(RECORD_FIELDS)
+            if is_whole and isinstance(record["id"], str) and isinstance(record["sample"], int):
                 records.append(record)
     return records
 

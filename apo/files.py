@@ -6,6 +6,7 @@ differ are named.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -28,8 +29,10 @@ MODEL_FILES = (
     "*.tiktoken",
     "chat_template*",
 )
+SECOND_COPY = "consolidated*"  # Mistral's own format, beside the same weights in safetensors
 # Names under which a config.json has the largest number of tokens that a model can read.
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+LONGEST_NAME = 255  # bytes of a file's name, on nearly all file systems
 BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint
 NUM_BLOCKS = 16  # places per weight file
 
@@ -153,12 +156,16 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
 
     `is_folder` says whether `out` is to be a folder, or a file.
     """
-    places = list(Path(out).absolute().parents)
-    if is_folder:
-        places.insert(0, Path(out))
-    for folder in places:  # until the nearest one that exists
-        if folder.exists():
-            break
+    path = Path(out).absolute()
+    for part in path.parts:
+        # write_text adds some letters to a name until the file is whole.
+        if len(os.fsencode(f".{part}.unfinished")) > LONGEST_NAME:
+            raise UserError(f"--out cannot be written: the name {part:.40}... is too long")
+    if not is_folder and os.path.isdir(path):
+        raise UserError(f"--out {out} is a folder: give the name of a file")
+    folder = path if is_folder else path.parent
+    while not os.path.exists(folder):  # until the nearest one that exists
+        folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--out {out} cannot be written: {folder} is no writable folder")
 
@@ -186,17 +193,26 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
 def model_folder(model: str) -> Path:
     """Find a model's folder: a local one, or a hub id's, which is downloaded if need be."""
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False as well for a name that is no path at all
         import huggingface_hub  # here, as it takes a second
 
         try:
-            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=MODEL_FILES))
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    model, allow_patterns=MODEL_FILES, ignore_patterns=SECOND_COPY
+                )
+            )
         except Exception as error:  # the hub's library raises a dozen unrelated types
             reason = " ".join(str(error).split())
             raise UserError(f"no model {model!r}, here or on the hub: {reason:.300}") from error
     for pattern in ("config.json", "*.safetensors", "*token*"):
         if not any(folder.glob(pattern)):
             raise UserError(f"{folder} is not a model: it has no {pattern}")
+    if glob.escape(str(folder)) != str(folder):
+        raise UserError(f"vLLM finds no model at {folder}: rename it, without *, ? and [")
+    if (folder / "generation_config.json").exists():
+        # vLLM would silently do without it, and so without the tokens at which a response ends.
+        read_json(folder / "generation_config.json")
     return folder
 
 
@@ -204,7 +220,9 @@ def model_files(folder: Path) -> list[Path]:
     """List the files of a model folder that decide what the model says, sorted by name."""
     files = set()
     for pattern in MODEL_FILES:
-        files.update(path for path in folder.glob(pattern) if path.is_file())
+        for path in folder.glob(pattern):
+            if path.is_file() and not path.match(SECOND_COPY):
+                files.add(path)
     return sorted(files)
 
 
@@ -240,6 +258,10 @@ def context_length(folder: Path) -> float:
     """Return how many tokens, prompt and response together, the model can read."""
     config = read_json(folder / "config.json")
     for name in CONTEXT_LENGTHS:
-        if config.get(name) is not None:
-            return config[name]
+        length = config.get(name)
+        if length is None:
+            continue
+        if type(length) is not int or length < 1:
+            raise UserError(f"{folder}/config.json: {name} is {length!r}, not a number of tokens")
+        return length
     return float("inf")

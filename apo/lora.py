@@ -13,7 +13,6 @@ any other.
 peft makes the adapters and runs them. It is imported here alone, and only if it is asked for.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 
+from apo import command_line
 from apo.files import UserError
 from apo.policy import COMPUTE_DTYPE, Policy, load_lm, shard, whole
 
@@ -37,7 +37,7 @@ def check(lora_rank: int, offload_ref: bool) -> None:
     """Raise UserError if --lora-rank cannot be used here."""
     if lora_rank == 0:
         return
-    if importlib.util.find_spec("peft") is None:
+    if not command_line.is_installed("peft"):
         raise UserError(f"--lora-rank {lora_rank}: install peft first (pip install peft)")
     if offload_ref:
         raise UserError(

@@ -473,7 +473,8 @@ def copy_model_files(reference: Path, folder: Path, dtype: torch.dtype) -> None:
     """Copy what a model needs beside its weights: config and tokenizer."""
     for path in files.model_files(reference):
         if not path.name.endswith((".safetensors", ".safetensors.index.json")):
-            shutil.copy(path, folder)
+            # Without the file's mode: a shared model may be read-only.
+            shutil.copyfile(path, folder / path.name)
     config = files.read_json(reference / "config.json")
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -502,20 +503,19 @@ def saved_step(folder: Path) -> int | None:
             if (folder / name).stat().st_size != size:
                 return None
         return int(manifest["step"])
-    except (UserError, OSError, KeyError, ValueError, AttributeError, TypeError):
+    except (UserError, OSError, KeyError, ValueError, AttributeError, TypeError, OverflowError):
         return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints step-N in a folder, the newest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint. A damaged one is renamed damaged-*, with a message."""
-    found = list_checkpoints(folder)
-    for path in found:
+    for path in list_checkpoints(folder):
         if saved_step(path) == int(path.name.removeprefix("step-")):
             return path
         damaged = path.with_name(f"damaged-{time.time():.0f}-{path.name}")
@@ -524,15 +524,16 @@ def find_checkpoint(folder: Path) -> Path | None:
             f"{path} is damaged: it is called {damaged.name} now, and is not used",
             file=sys.stderr,
         )
-    if found:
-        print(f"{folder} has no whole checkpoint: training starts again", file=sys.stderr)
     return None
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what a kill left unfinished."""
     for path in [*list_checkpoints(folder)[keep:], *folder.glob(".*.unfinished")]:
-        shutil.rmtree(path)
+        if path.is_symlink():  # a user has moved the checkpoint to another disk
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -251,11 +251,11 @@ def read_rows(path: Path) -> list[dict]:
     if path.suffix.lower() == ".jsonl":
         return files.read_jsonl(path)
     if path.suffix.lower() == ".parquet":
-        import datasets
+        from pyarrow import parquet  # here, as it takes a second
 
         try:
-            return datasets.Dataset.from_parquet(str(path)).to_list()
-        except Exception as error:  # pyarrow and the library raise a dozen unrelated types
+            return parquet.read_table(path).to_pylist()
+        except Exception as error:  # pyarrow raises a dozen unrelated types
             raise UserError(f"cannot read {path}: {error}") from error
     try:
         rows = json.loads(files.read_text(path))
@@ -263,14 +263,15 @@ def read_rows(path: Path) -> list[dict]:
         raise UserError(f"cannot read {path}: it is not JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"cannot read {path}: it is not a list of rows")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number} is not an object: {row!r:.60}")
     return rows
 
 
 def check_columns(rows: list, name: str) -> None:
     """Raise UserError for the first row without a text "question" and an "answer"."""
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number} is not an object: {row!r:.60}")
         if not isinstance(row.get("question"), str):
             raise UserError(f'{name}, row {number} has no text "question": {row!r:.60}')
         if "answer" not in row:
@@ -376,7 +377,7 @@ def prompt_style(
     if chat_template_kwargs is not None:
         try:
             kwargs = json.loads(chat_template_kwargs)
-        except ValueError:
+        except (ValueError, RecursionError):
             kwargs = None
         if not isinstance(kwargs, dict):
             raise UserError(
@@ -423,6 +424,7 @@ def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None 
     """Make the prompt of a row; `text` is given where stage 1 has already written it."""
     if text is None:
         text = format_prompt(row["question"], style, tokenizer)
+    text = clean_text(text)  # what a user wrote by hand may hold such halves, too
     # A chat template has already written the special tokens, such as BOS.
     ids = tokenizer.encode(text, add_special_tokens=not style.chat_template)
     return Prompt(row, text, ids)
@@ -507,7 +509,7 @@ def submit_reward(response: str, row: dict) -> Future:
         return math_reward.submit(response, row["answer"])
     try:
         value = reward(response, row)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RuntimeError(f"the reward function failed on row {row['id']!r}") from error
     if not math.isfinite(value):
         raise RuntimeError(f"the reward function gave {value} on row {row['id']!r}")

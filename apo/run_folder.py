@@ -6,12 +6,14 @@ for each saved response, RUN/checkpoints/ and RUN/final/ the weights.
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apo import files
 from apo.engine import Response
-from apo.policy import find_checkpoint, saved_step
+from apo.files import UserError
+from apo.policy import find_checkpoint, list_checkpoints, saved_step
 
 # What may be different on --resume: how long the run is, where its files lie, what it saves and
 # reports, and how it uses memory and hardware. Nothing here changes what is computed.
@@ -47,18 +49,29 @@ class Progress(NamedTuple):
 def open_run(config: dict, log: "RunLog") -> Progress:
     """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
-    Raises UserError if another process has it, or if it is a run with other settings.
+    Raises UserError if another process has it, if it is a run with other settings, or if training
+    would have to start again although there is a finished model.
     """
     out = Path(config["out"])
     log.open()  # first: from here on no other process can take the folder
+    final_step = saved_step(out / "final")
+    had_checkpoints = bool(list_checkpoints(out / "checkpoints"))
     if (out / "config.json").exists():
         wanted = {name: v for name, v in config.items() if name not in FREE_ON_RESUME}
         files.refuse_difference(str(out), files.read_json(out / "config.json"), wanted)
-    final_step = saved_step(out / "final")
+    elif final_step is not None or had_checkpoints:
+        raise UserError(f"{out} has lost its config.json: give another --out")
     if final_step is not None and final_step >= config["num_steps"]:
         return Progress(True, None, final_step)
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
     checkpoint = find_checkpoint(out / "checkpoints")
+    if checkpoint is None and final_step is not None:
+        raise UserError(
+            f"{out}/final is from step {final_step}, and no whole checkpoint is left to continue "
+            "from: give another --out"
+        )
+    if checkpoint is None and had_checkpoints:
+        print(f"{out} has no whole checkpoint: training starts again", file=sys.stderr)
     step = saved_step(checkpoint) if checkpoint else 0
     files.write_json(out / "config.json", config)
     # The steps after the checkpoint run again, and are logged again.
@@ -154,9 +167,10 @@ class RunLog:
 def step_of(line: bytes) -> int:
     """Read the step of a line of a log; 0 for a line that somebody has damaged, which is kept."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return 0
+    return step if type(step) is int else 0
 
 
 def describe_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ checked, and none of them knows architectures by name:
 import math
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from apo.problems import Prompt
 LARGEST_PACKING_ERROR = 1e-3
 # In float32 the engine's ln pi differs by 1e-6 or so, on average over the tokens.
 LARGEST_CHECK_GAP = LARGEST_GAP if ON_GPU else 1e-4
+# The folders of this repository's own code.
+OUR_CODE = (Path(__file__).parent, Path(__file__).parent.parent)
 # What each engine samples for the check, and how many of all responses rank 0 computes again.
 NUM_RESPONSES = 4
 NUM_TOKENS = 16
@@ -82,8 +85,12 @@ def check_layers(folder: Path) -> None:
     """Raise UserError unless the layers are where the trainer looks for them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):  # shapes without weights
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):  # shapes without weights
+            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # a config.json can be wrong in many ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder}: its config.json describes no model ({reason:.300})") from error
     if not hasattr(lm.base_model, "layers"):
         raise UserError(
             f"{folder} ({lm.config.model_type}) is not supported: its layers are not where the "
@@ -97,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     try:
         return AutoConfig.from_pretrained(folder).to_dict()
-    except (ValueError, KeyError, ImportError, OSError) as error:
+    except Exception as error:  # the library raises a dozen unrelated types
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} is not supported: {reason:.300}") from error
 
@@ -262,6 +269,9 @@ def packed_logprobs(lm: torch.nn.Module, responses: list[Response]) -> Tensor:
         lm.set_attn_implementation("packed")
         return Policy(lm)(temperature=1.0, **inputs)
     except Exception as error:  # an architecture that is made in another way fails in many ways
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent in OUR_CODE:
+            raise  # a mistake in this repository keeps its traceback
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
         raise UserError(
             f"{lm.config.model_type} is not supported: its layers cannot run packed sequences "

@@ -7,6 +7,7 @@ again.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from apo import files, problems
@@ -63,16 +64,14 @@ def check_header(document: dict, name: str) -> dict:
     for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):
         value = header.get(field)
         highest = float("inf") if field == "beta1" else 1e9
-        if type(value) not in (int, float) or not 0 < value <= highest:
+        if not is_number(value) or not 0 < value <= highest:
             raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
     if header["temperature"] < LOWEST_TEMPERATURE:
         raise UserError(
             f'{name}: "temperature" in its header is {header["temperature"]}, less than '
             f"{LOWEST_TEMPERATURE}"
         )
-    for field, kind in KINDS.items():
-        if not isinstance(header[field], kind):
-            raise UserError(f'{name}: "{field}" in its header cannot be {header[field]!r}')
+    check_settings(header, f"{name}: its header")
     for field in ("max_prompt_tokens", "max_tokens"):
         # 256.0 is a whole number too.
         if header[field] != int(header[field]):
@@ -83,6 +82,25 @@ def check_header(document: dict, name: str) -> dict:
     check_task(header, name)
     check_reference(header, name)
     return header
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value from a JSON file is a number; infinity is one, 10^400 and nan are not."""
+    if type(value) not in (int, float):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        return False
+
+
+def check_settings(settings: dict, where: str) -> None:
+    """Raise UserError for a field of KINDS that is there and is of another kind."""
+    for field, kind in KINDS.items():
+        if field in settings and not isinstance(settings[field], kind):
+            raise UserError(f'{where} cannot have {settings[field]!r} as its "{field}"')
+    if "{question}" not in settings.get("prompt_template", "{question}"):
+        raise UserError(f'{where} has a "prompt_template" without {{question}}')
 
 
 def check_task(header: dict, name: str) -> None:
@@ -145,7 +163,7 @@ def check_entries(document: dict, name: str) -> list[dict]:
         if not isinstance(rewards, list) or not rewards:
             raise UserError(f'{where} ({entry["id"]}) has no list "rewards"')
         for reward in rewards:
-            if type(reward) not in (int, float) or not abs(reward) < float("inf"):
+            if not is_number(reward) or not abs(reward) < float("inf"):
                 raise UserError(f"{where} ({entry['id']}): the reward {reward!r} is not a number")
     return entries
 

@@ -55,9 +55,18 @@ OFFLINE_VALUE = {
     "a benchmark without training rows": ("--dataset math500", "to train on"),
     "weights as a pickle only": ("--model {models}/pickled", "safetensors"),
     "no tokenizer": ("--model {models}/no-tokenizer", "token"),
+    "a model with too long a name": ("--model " + 300 * "m", "mmm"),
     "config.json torn": ("--model {models}/torn-config", "config.json"),
     "config.json a list": ("--model {models}/list-config", "config.json"),
     "an architecture of another library": ("--model {models}/odd-type", "nosuch"),
+    "a length that is a text": ("--model {models}/text-length", "max_position_embeddings"),
+    "a width that is a text": ("--model {models}/text-width", "hidden_size"),
+    "an unknown kind of layer": ("--model {models}/odd-layers", "layer_types"),
+    "an unknown dtype": ("--model {models}/odd-dtype", "bf15"),
+    "an unknown activation": ("--model {models}/odd-activation", "nosuch"),
+    "tokenizer.json torn": ("--model {models}/torn-tokenizer", "tokenizer"),
+    "generation_config.json torn": ("--model {models}/torn-end", "generation_config.json"),
+    "a folder that vLLM cannot name": ("--model {models}/lr[1]", "lr[1]: rename it"),
     "a mixture of experts": ("--model {models}/experts", "mixture of experts"),
     "a window that is too short": ("--model {models}/window", "sees 8 tokens"),
     "quantised weights": ("--model {models}/quantised", "quantised"),
@@ -79,7 +88,15 @@ OFFLINE_VALUE = {
         "--chat-template --chat-template-kwargs {{thinking",
         "{{thinking",
     ),
+    "chat arguments nested too deep": (
+        "--chat-template --chat-template-kwargs " + 100_000 * "[",
+        "--chat-template-kwargs",
+    ),
+    "no chat template": ("--chat-template", "chat template"),
     "out below a file": ("--out {files}/good.jsonl/values.json", "good.jsonl"),
+    "out is a folder": ("--out {files}", "is a folder"),
+    "out is the root": ("--out /", "is a folder"),
+    "out with too long a name": ("--out {out}" + 250 * "v", "too long"),
 }
 TRAIN_ONLINE = {
     "values in a folder": ("--values {files}", "cannot read"),
@@ -89,6 +106,10 @@ TRAIN_ONLINE = {
     "rewards that are no numbers": ("--values {files}/nan.json", "prompt 2"),
     "rewards that are missing": ("--values {files}/unrewarded.json", "prompt 2"),
     "no rewards": ("--values {files}/no-rewards.json", "prompt 2"),
+    "a reward beyond all numbers": ("--values {files}/huge.json", "prompt 2"),
+    "a beta1 beyond all numbers": ("--values {files}/huge-beta1.json", "beta1"),
+    "a template without a question": ("--values {files}/no-question.json", "{{question}}"),
+    "tokenizer.json torn": ("--values {files}/torn-tokenizer.json", "tokenizer"),
     "a prompt that is a number": ("--values {files}/number-prompt.json", "prompt 2"),
     "a prompt that is a list": ("--values {files}/list-prompt.json", "prompt 2"),
     "a row that is a list": ("--values {files}/list-row.json", "prompt 2"),
@@ -127,6 +148,7 @@ TRAIN_ONLINE = {
     "out is a file": ("--out {files}/good.jsonl", "good.jsonl"),
     "out is not empty": ("--out {files}", "not empty"),
     "out below a file": ("--out {files}/good.jsonl/run", "good.jsonl"),
+    "out with too long a name": ("--out {out}/" + 300 * "v", "too long"),
 }
 EVALUATE = {
     "grade a row that is a list": ("--grade {files}/list.jsonl", "line 2"),
@@ -155,6 +177,8 @@ EVALUATE = {
     "no tokenizer": ("--model {models}/no-tokenizer", "token"),
     "config.json torn": ("--model {models}/torn-config", "config.json"),
     "out below a file": ("--out {files}/good.jsonl/results", "good.jsonl"),
+    "a run's max_tokens in words": ("--model {models}/words/final", "max_tokens"),
+    "a run's template that is a number": ("--model {models}/number/final", "prompt_template"),
 }
 BASES = {
     "offline_value": "--model {model} --dataset {dataset} --out {out} --max-prompt-tokens 160 "
@@ -209,6 +233,11 @@ def places(model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory)
         folder / "experts.json",
         lambda values: values["header"].update(model=str(models / "experts")),
     )
+    edit_values(
+        folder / "values.json",
+        folder / "torn-tokenizer.json",
+        lambda values: values["header"].update(model=str(models / "torn-tokenizer")),
+    )
     return {"model": model, "dataset": dataset, "files": folder, "models": models}
 
 
@@ -235,6 +264,7 @@ def make_values(model: Path, folder: Path) -> None:
         "nan": {"rewards": [float("nan"), 1.0]},
         "unrewarded": {"rewards": None},
         "no-rewards": {"rewards": []},
+        "huge": {"rewards": [0, 10**400]},
         "number-prompt": {"prompt": 5},
         "list-row": {"row": [1]},
         "twice": {"id": "n0"},
@@ -246,6 +276,8 @@ def make_values(model: Path, folder: Path) -> None:
     headers = {
         "temperature": {"temperature": None},
         "beta1": {"beta1": None},
+        "huge-beta1": {"beta1": 10**400},
+        "no-question": {"prompt_template": "Solve it."},
         "model": {"model": None},
         "text-temperature": {"temperature": "1.0"},
         "cold": {"temperature": 0.005},
@@ -278,12 +310,23 @@ CONFIGS = {
     "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     "quantised": {"quantization_config": {"quant_method": "awq", "bits": 4}},
     "encoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+    "text-length": {"max_position_embeddings": "512"},
+    "text-width": {"hidden_size": "64"},
+    "odd-layers": {"layer_types": ["sideways_attention"]},
+    "odd-dtype": {"dtype": "bf15", "torch_dtype": "bf15"},
+    "odd-activation": {"hidden_act": "nosuch"},
+}
+# What somebody has made of the config.json of a run, whose final model stage 3 is given.
+RUNS = {
+    "words": {"values_digest": "0", "max_tokens": "lots"},
+    "number": {"values_digest": "0", "max_tokens": 48, "prompt_template": 5},
 }
 
 
 def make_models(model: Path, models: Path) -> Path:
     """Copy a model several times, each with one mistake; `other` has other weights."""
     names = "pickled no-tokenizer torn-config list-config torn-weights no-shard other"
+    names += " torn-tokenizer torn-end lr[1]"
     for name in (*names.split(), *CONFIGS):
         shutil.copytree(model, models / name)
     (models / "pickled" / "model.safetensors").rename(models / "pickled" / "pytorch_model.bin")
@@ -293,9 +336,15 @@ def make_models(model: Path, models: Path) -> Path:
     (models / "torn-config" / "config.json").write_text(text[: len(text) // 2])
     (models / "list-config" / "config.json").write_text("[1]")
     for name, change in CONFIGS.items():
-        config = json.loads(text) | change
+        config = json.loads(text)
         config.pop("layer_types", None)
+        config |= change
         (models / name / "config.json").write_text(json.dumps(config))
+    for name, change in RUNS.items():
+        shutil.copytree(model, models / name / "final")
+        files.write_json(models / name / "config.json", change)
+    (models / "torn-tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    (models / "torn-end" / "generation_config.json").write_text('{"eos_token')
     weights = (model / "model.safetensors").read_bytes()
     (models / "torn-weights" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     shard = models / "no-shard" / "model-00001-of-00002.safetensors"
@@ -353,7 +402,6 @@ STARTED = {
         "an id twice": OFFLINE_VALUE["an id twice"],
         "a dataset of the hub, offline": ("--dataset math", "offline"),
         "a model of the hub, offline": (f"--model {HUB}", "HF_HUB_OFFLINE"),
-        "no chat template": ("--chat-template", "chat template"),
         "every prompt too long": ("--max-prompt-tokens 1", "--max-prompt-tokens 1"),
         "more GPUs per engine than ranks": ("--tensor-parallel-size 2", "--tensor-parallel-size"),
         "out is finished and torn": ("--out {results}/torn.json", "torn.json"),
@@ -377,6 +425,7 @@ STARTED = {
         "a summary that is a list": ("--out {results}/list", "summary.json"),
         "a summary without a header": ("--out {results}/headless", "summary.json"),
         "a summary with a list of benchmarks": ("--out {results}/listed", "summary.json"),
+        "a summary with a number for scores": ("--out {results}/scored", "scores of digits"),
     },
 }
 
@@ -387,6 +436,7 @@ def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     texts = {"torn": '{"header": {', "list": "[]", "headless": "{}"}
     texts["listed"] = '{"header": {}, "benchmarks": []}'
+    texts["scored"] = '{"header": {}, "benchmarks": {"digits": 5}}'
     for name, text in texts.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "summary.json").write_text(text)
@@ -450,9 +500,9 @@ def test_values_written_by_hand_are_trained_on(run, model, tmp_path):
 RESUME = {  # name: arguments, what the sentence names
     "every setting": (
         "--batch-size 10 --updates-per-batch 2 --samples-per-prompt 2 --lr 0.5 --beta1 2 --beta2 2 "
-        "--seed 5 --eval-every 7 --filter-unsolved --eval-dataset {dataset}",
-        "batch_size updates_per_batch samples_per_prompt lr beta1 beta2 seed eval_every "
-        "filter_unsolved eval_digest",
+        "--seed 5 --eval-every 7 --filter-unsolved --eval-dataset {dataset} --max-grad-norm 2",
+        "max_grad_norm batch_size updates_per_batch samples_per_prompt lr beta1 beta2 seed "
+        "eval_every filter_unsolved eval_digest",
     ),
     "other values": ("--values {changed}/values.json", "values_digest"),
     "config.json torn": ("", "config.json"),

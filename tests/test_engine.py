@@ -289,7 +289,11 @@ def test_what_was_sampled_is_not_sampled_again(llm: Any, tmp_path: Path) -> None
     folder.mkdir()
     lines = [json.dumps(record) for record in whole]
     (folder / "0.jsonl").write_text("\n".join([lines[11], lines[3], lines[7], lines[5][:20]]))
-    (folder / "1.jsonl").write_text("\n".join([lines[0], lines[4], lines[8], lines[10], ""]))
+    # Two more that do not count: a prompt of another day, and a line that somebody has edited.
+    of_another_day = json.dumps(whole[1] | {"prompt": "Today is Monday."})
+    edited = json.dumps({"id": "p0", "sample": 2, "output": "5"})
+    rest = [lines[0], lines[4], of_another_day, edited, lines[8], lines[10], ""]
+    (folder / "1.jsonl").write_text("\n".join(rest))
     (folder / "identity.json").write_text('{"temperature": 1.0, "seed": 0}')
     assert sample_all(llm, tmp_path / "cut.json") == whole
     saved = read_lines(folder / "0.jsonl")

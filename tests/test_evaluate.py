@@ -258,6 +258,7 @@ TRAINED = {
     "system_prompt": "Be brief.",
     "chat_template_kwargs": {"think": False},
     "max_tokens": 77,
+    "values_digest": "0",
 }
 
 
@@ -266,7 +267,6 @@ def trained_run(tmp_path: Path) -> Path:
     for name in ("final", "checkpoints/step-5"):
         (tmp_path / "run" / name).mkdir(parents=True)
     files.write_json(tmp_path / "run" / "config.json", TRAINED)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
     return tmp_path / "run"
 
 
@@ -278,7 +278,8 @@ def test_the_settings_of_a_run_are_found_beside_its_models(
     monkeypatch.chdir(trained_run)
     assert evaluate.settings_of_run("final") == TRAINED
     assert evaluate.settings_of_run("Qwen/Qwen2.5-1.5B") == {}
-    (trained_run / "metrics.jsonl").unlink()  # a model's own config.json is no run's
+    # A model's own config.json is no run's.
+    files.write_json(trained_run / "config.json", {"model_type": "qwen2"})
     assert evaluate.settings_of_run(str(trained_run / "final")) == {}
 
 

@@ -546,7 +546,8 @@ def partial(tmp_path: Path) -> Path:
     folder.mkdir()
     files.write_json(folder / "identity.json", IDENTITY)
     for rank in (0, 1):
-        rows = [{"id": f"p{i}", "sample": rank, "output": "é\u2028\n"} for i in range(50)]
+        rest = {"prompt": "p", "answer": "1", "reward": 0.0, "finished": True, "tokens": 3}
+        rows = [{"id": f"p{i}", "sample": rank, "output": "é\u2028\n"} | rest for i in range(50)]
         write_lines(folder / f"{rank}.jsonl", rows)
     return folder
 

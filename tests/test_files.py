@@ -108,6 +108,16 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
         files.check_writable(tmp_path / "file" / "values.json")
+    with pytest.raises(UserError, match="is a folder"):
+        files.check_writable(tmp_path)
+    files.check_writable(tmp_path, is_folder=True)
+    for name in ("v" * 250, "v" * 300, "\N{GREEK SMALL LETTER BETA}" * 125):
+        with pytest.raises(UserError, match="too long"):
+            files.check_writable(tmp_path / name)
+    # The longest name can be written, while the file is unfinished, too.
+    longest = "v" * (255 - len("..unfinished"))
+    files.check_writable(tmp_path / longest)
+    files.write_text(tmp_path / longest, "x")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,6 +177,7 @@ CHANGES = {
     "another config": append("config.json"),
     "another tokenizer": append("tokenizer.json"),
     "longer weights": append("model.safetensors"),
+    "an end": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 1}'),
     "another template": lambda folder: (folder / "chat_template.jinja").write_text("{{ x }}"),
 }
 
@@ -185,6 +196,8 @@ def test_a_fingerprint_is_neither_of_the_path_nor_of_other_files(folder: Path) -
     (copy / "README.md").write_text("a model")
     (copy / "trainer").mkdir()
     (copy / "manifest.json").write_text("{}")
+    # Mistral's second copy of the weights.
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
     assert files.model_fingerprint(copy) == before
 
 

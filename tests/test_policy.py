@@ -628,6 +628,30 @@ def test_the_newest_checkpoints_are_kept(checkpoints: Path) -> None:
     assert names(checkpoints) == {"step-10", "step-100"}
 
 
+def test_other_folders_and_links_do_no_harm(checkpoints: Path, tmp_path: Path) -> None:
+    for name in ("step-\N{SUPERSCRIPT TWO}", "step-two", "stepping"):
+        (checkpoints / name).mkdir()
+    # A user has moved a checkpoint to another disk.
+    (checkpoints / "step-9").rename(tmp_path / "moved")
+    (checkpoints / "step-9").symlink_to(tmp_path / "moved")
+    policy.remove_old_checkpoints(checkpoints, 2)
+    kept = {"step-10", "step-100", "step-\N{SUPERSCRIPT TWO}", "step-two", "stepping"}
+    assert names(checkpoints) == kept
+    assert (tmp_path / "moved" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_a_read_only_model_is_written(
+    one_machine: None, reference: Path, tmp_path: Path
+) -> None:
+    shared = shutil.copytree(reference, tmp_path / "shared")
+    for path in shared.iterdir():
+        path.chmod(0o444)
+    loaded, optimizer = load(shared)
+    policy.save_checkpoint(tmp_path / "step-1", 1, loaded, optimizer, shared)
+    for path in (tmp_path / "step-1").iterdir():
+        assert path.stat().st_mode & 0o200, f"{path} is read-only as well"
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -638,6 +662,9 @@ DAMAGE = {
     "optimizer cut short": lambda folder: cut(next((folder / "trainer").glob("*.distcp"))),
     "manifest gone": lambda folder: (folder / "manifest.json").unlink(),
     "manifest cut short": lambda folder: cut(folder / "manifest.json"),
+    "manifest of no end": lambda folder: (folder / "manifest.json").write_text(
+        '{"files": {}, "step": Infinity}'
+    ),
     "manifest of a list": lambda folder: (folder / "manifest.json").write_text("[]"),
     "another step's": lambda folder: shutil.copy(
         folder.with_name("step-2") / "manifest.json", folder

@@ -242,6 +242,27 @@ def test_damaged_json_and_parquet(name: str, text: str, tmp_path: Path) -> None:
         load_problems(str(tmp_path / name))
 
 
+def test_a_parquet_file_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "x[1] *.parquet"
+    rows = [{"question": "q", "answer": "1", "more": [1, 2]}]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    [row] = load_problems(str(path))
+    assert row["question"] == "q" and row["more"] == [1, 2]
+
+
+def test_rows_of_a_task_are_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.json").write_text("[1, 2]")
+    task = problems.Dataset(
+        source=str(tmp_path / "{split}.json"),
+        splits={"train": "train"},
+        question=lambda row: row["q"],
+        answer=lambda row: row["a"],
+    )
+    monkeypatch.setitem(problems.DATASETS, "numbers", task)
+    with pytest.raises(UserError, match="row 1 is not an object: 1"):
+        load_problems("numbers")
+
+
 def test_answers_that_cannot_be_graded_are_named_and_the_others_keep_their_order() -> None:
     answers = ["1", "", 2, None, "{", True, "a word", float("nan"), 0.25]
     rows = []
@@ -395,6 +416,8 @@ def score_backwards(response: str, row: dict) -> float:
     """Score the letters that stand where the word's do, read backwards; between -1 and 1."""
     if response == "raise":
         raise ZeroDivisionError("a fault in the reward function")
+    if response == "exit":
+        raise SystemExit(0)
     if response == "nan":
         return float("nan")
     backwards = row["word"][::-1]
@@ -436,13 +459,27 @@ def test_an_entry_is_all_that_a_task_needs(backwards: str) -> None:
     assert problems.submit_reward("dxxx", rows[1]).result() == -0.5
 
 
+@pytest.mark.parametrize("place", ["template", "prompt"])
+def test_halves_of_letters_reach_no_tokenizer(place: str) -> None:
+    """JSON can hold them, and so can a flag; no tokenizer takes them."""
+    style = PromptStyle(template="\ud800{question}")
+    text = "a\udcff" if place == "prompt" else None
+    tokenizer = make_tokenizer()
+    prompt = problems.make_prompt({"question": "1", "id": "a"}, style, tokenizer, text)
+    assert prompt.text == {"template": "?1", "prompt": "a?"}[place]
+    assert prompt.ids == tokenizer.encode(prompt.text)
+
+
 def test_headers_name_the_reward(backwards: str) -> None:
     assert problems.reward_name(backwards).endswith("score_backwards")
     assert problems.reward_name(backwards) != problems.reward_name("math")
     assert problems.reward_name("math") == problems.reward_name("gsm8k")
 
 
-@pytest.mark.parametrize("response, cause", [("raise", "ZeroDivisionError"), ("nan", "nan")])
+@pytest.mark.parametrize(
+    "response, cause",
+    [("raise", "ZeroDivisionError"), ("exit", "SystemExit"), ("nan", "nan")],
+)
 def test_a_fault_in_a_reward_stops_the_run_with_the_row_and_is_no_zero(
     response: str, cause: str, backwards: str
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import losses
 from apo import self_check
 from apo.engine import Response
 from apo.files import UserError
@@ -147,6 +148,17 @@ def test_an_engine_that_disagrees_is_noticed(tmp_path: Path) -> None:
         self_check.check_model(folder, responses)
     responses[0].sampler_logp[0] = float("nan")
     with pytest.raises(UserError, match="vLLM"):
+        self_check.check_model(folder, responses)
+
+
+def test_a_mistake_in_our_own_code_is_no_unsupported_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes the trainer needs the traceback, and not a sentence about the model."""
+    folder = save_model(tmp_path, "qwen2")
+    responses = make_responses(folder)
+    monkeypatch.delattr(losses, "token_logprob")  # a name that Policy.forward uses
+    with pytest.raises(AttributeError, match="token_logprob"):
         self_check.check_model(folder, responses)
 
 

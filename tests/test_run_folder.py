@@ -1,0 +1,104 @@
+"""Where a run continues, and what it refuses, from folders written by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apo import files, policy
+from apo.files import UserError
+from apo.run_folder import Progress, RunLog, open_run
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run of four steps, with checkpoints of steps 2 and 4 and a finished model."""
+    out = tmp_path / "run"
+    files.write_json(out / "config.json", {"out": str(out), "num_steps": 4, "lr": 0.1})
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 5)]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (out / name).write_text("".join(lines))
+    for name, step in (("checkpoints/step-2", 2), ("checkpoints/step-4", 4), ("final", 4)):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_text("weights")
+        policy.write_manifest(out / name, step)
+    return out
+
+
+def resume(out: Path, num_steps: int = 8, **changes: object) -> Progress:
+    config = {"out": str(out), "num_steps": num_steps, "lr": 0.1} | changes
+    log = RunLog(out, num_steps)
+    try:
+        return open_run(config, log)
+    finally:
+        log.metrics_file.close()
+        log.samples_file.close()
+
+
+def steps(out: Path) -> list[object]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_it_goes_on_from_the_newest_checkpoint(out: Path) -> None:
+    assert resume(out) == Progress(False, out / "checkpoints" / "step-4", 4)
+    assert resume(out, num_steps=4) == Progress(True, None, 4)
+    assert resume(out, num_steps=3) == Progress(True, None, 4)
+    remove(out / "checkpoints" / "step-4")
+    remove(out / "final")
+    assert resume(out) == Progress(False, out / "checkpoints" / "step-2", 2)
+    assert steps(out) == [1, 2]
+
+
+def test_a_finished_model_is_never_trained_again_from_the_start(out: Path) -> None:
+    """Its checkpoints may have been removed to make room on the disk."""
+    for step in (2, 4):
+        remove(out / "checkpoints" / f"step-{step}")
+    with pytest.raises(UserError, match="from step 4, and no whole checkpoint is left"):
+        resume(out)
+    assert steps(out) == [1, 2, 3, 4]
+    assert policy.saved_step(out / "final") == 4
+    assert files.read_json(out / "config.json")["num_steps"] == 4
+
+
+def test_without_any_whole_model_it_starts_again_and_says_so(
+    out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    remove(out / "final")
+    remove(out / "checkpoints" / "step-2")
+    (out / "checkpoints" / "step-4" / "model.safetensors").unlink()
+    assert resume(out) == Progress(False, None, 0)
+    assert "has no whole checkpoint: training starts again" in capsys.readouterr().err
+    assert steps(out) == []
+
+
+@pytest.mark.parametrize("kept", ["final", "checkpoints"])
+def test_models_without_their_settings_are_refused(kept: str, out: Path) -> None:
+    """Else a run could go on with another learning rate."""
+    (out / "config.json").unlink()
+    if kept == "final":
+        for step in (2, 4):
+            remove(out / "checkpoints" / f"step-{step}")
+    else:
+        remove(out / "final")
+    with pytest.raises(UserError, match=r"has lost its config\.json"):
+        resume(out, lr=0.2)
+    assert steps(out) == [1, 2, 3, 4]
+
+
+def test_another_setting_is_refused_by_name(out: Path) -> None:
+    with pytest.raises(UserError, match=r"lr 0\.1, not 0\.2"):
+        resume(out, lr=0.2)
+
+
+@pytest.mark.parametrize("step", ["3", None, 3.0, [3]])
+def test_a_line_with_an_odd_step_is_kept(step: object, out: Path) -> None:
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step}) + "\n")
+    assert resume(out).step == 4
+    assert steps(out) == [1, 2, 3, 4, step]
