@@ -36,7 +36,8 @@ from apo.math_units import split_unit
 # A longer text, or one with more deeply nested brackets, equals only itself.
 LONGEST = 500
 DEEPEST = 10
-PERCENT = r"%(?=$|[,)\]])"  # at the end of a value
+PERCENT = r"%(?=$|[,)\]]|\\text)"  # at the end of a value, or before a word
+IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
 
@@ -170,7 +171,7 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
     pred, pred_unit = split_unit(pred)
     if gold_unit and pred_unit and gold_unit != pred_unit:
         return False
-    if words(gold) == words(pred):
+    if same_words(gold, pred):
         return True
     a = number(gold)
     b = number(pred)
@@ -184,12 +185,19 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
     return algebra(gold, pred)
 
 
-def words(text: str) -> str:
-    """Drop what makes no difference between words: \\text{}, brackets, capital letters."""
-    text = re.sub(r"\\text\{\(?([^{}]*?)[).]*\}", r"\1", text)
-    if re.fullmatch(r"[A-D]|[a-zA-Z,]{2,}", text):
-        return text.casefold()
-    return text
+def same_words(gold: str, pred: str) -> bool:
+    """Say whether two values are the same text, with or without \\text{} and brackets.
+
+    Capital letters count in products of symbols: mgh is not Mgh. They do not count in \\text{}, in
+    a word of four letters, in yes, no and odd, and for the choices A to D.
+    """
+    gold_words = re.sub(IN_TEXT, r"\1", gold)
+    pred_words = re.sub(IN_TEXT, r"\1", pred)
+    if gold_words == pred_words:
+        return True
+    is_text = r"\text" in gold + pred
+    is_word = re.fullmatch(r"[A-D]|[a-zA-Z]{4,}|(?i:yes|no|odd)", gold_words)
+    return bool(is_text or is_word) and gold_words.casefold() == pred_words.casefold()
 
 
 def number(text: str) -> Fraction | None:

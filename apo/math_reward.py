@@ -105,7 +105,9 @@ def check_answer(answer: Any) -> str:
     Raises ValueError if it is neither text nor number, if it is empty, or if its braces do not
     match, since no box could hold it then.
     """
-    text = last_box(str(answer)) or str(answer)
+    # Python writes 1e+16 for a float, which in mathematics is the number e plus 16.
+    written = str(answer).replace("e+", "e") if isinstance(answer, float) else str(answer)
+    text = last_box(written) or written
     is_empty = text.strip(" \t\r\n$.") in ("", "nan", "inf", "-inf")
     is_broken = last_box(rf"\boxed{{{text}}}") != text
     if type(answer) not in (str, int, float) or is_empty or is_broken:

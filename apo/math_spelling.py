@@ -18,6 +18,9 @@ CHARACTER_TABLE = r"""
     − -   – -   × \times   · \cdot   ⋅ \cdot   ÷ /   √ \sqrt   π \pi   ∞ \infty   ° ^\circ   ， ,
     ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
     θ \theta   α \alpha   β \beta   γ \gamma   λ \lambda   μ \mu   φ \phi   ω \omega   Δ \Delta
+    σ \sigma   ε \epsilon   ϵ \epsilon   ρ \rho   τ \tau   δ \delta   η \eta   ν \nu   κ \kappa
+    ξ \xi   ψ \psi   χ \chi   ζ \zeta   ϕ \phi   µ \mu   Ω \Omega   Σ \Sigma   Φ \Phi   Ψ \Psi
+    Γ \Gamma   Λ \Lambda   Θ \Theta   Π \Pi   Ξ \Xi
     ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ∕ /   （ (   ） )   ： :
     ℝ \mathbb{R}   ℤ \mathbb{Z}   ℕ \mathbb{N}   ℚ \mathbb{Q}   ｛ \{   ｝ \}   － -   ＋ +   ＝ =
 """
@@ -36,10 +39,11 @@ NAME_TABLE = r"""
     \div /   \nicefrac \frac   \R \mathbb{R}   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
     sqrt \sqrt   pi \pi   sin \sin   cos \cos   tan \tan   cot \cot   log \log   ln \ln   exp \exp
     arcsin \arcsin   arccos \arccos   arctan \arctan   gcd \gcd   percent %   and ~,~   or ~,~
+    \lor ~,~   \space ~   \sfrac \frac   \mathtt \text   \texttt \text
 """
 DROPPED = r"""
     \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \displaystyle \textstyle \limits
-    \mathbf \boldsymbol \bm \mathit \underline \! \( \)
+    \mathbf \boldsymbol \bm \mathit \rm \underline \! \( \)
 """
 
 
@@ -148,7 +152,8 @@ def read_numbers(text: str) -> str:
     text = re.sub(r"(?<=\d) *\$", r"\\text{dollar}", text)
     text = re.sub(r" *(%|per cent)", "%", text)
     # 0.\overline{3} is 0.333..., with more digits than any comparison looks at.
-    text = re.sub(r"(\d*\.\d*)\\overline *\{(\d+)\}", r"\1" + 13 * r"\2", text)
+    repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
+    text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
     return re.sub(r"(?<=\d)E\+?(?=-?\d)", "e", text)
 
@@ -170,6 +175,8 @@ def separate_items(text: str) -> str:
 
 
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # braces that hold no more than one level of other braces
+# A command without arguments, such as \pi.
+SYMBOL = r"\\(?!frac|binom|sqrt|text)[a-zA-Z]+(?![a-zA-Z]| *\{)"
 UNIT_TEXT = r"\\text\{[^{}]*\}"
 
 
@@ -177,10 +184,11 @@ def add_braces(text: str) -> str:
     """Put the arguments of a command in braces: \\frac12 is \\frac{1}{2}, \\sqrt2 is \\sqrt{2}."""
     text = re.sub(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\\sqrt *(\d+|[a-z])", r"\\sqrt{\1}", text)
+    text = re.sub(rf"\\sqrt *(\d+|[a-zA-Z]|{SYMBOL})", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(\\frac|\\binom) *(\w|\\pi)", r"\1{\2}", text)
-    text = re.sub(rf"((?:\\frac|\\binom) *{GROUP}) *(\w|\\pi)", r"\1{\2}", text)
+    text = re.sub(rf"(\\frac|\\binom) *(\w|{SYMBOL})", r"\1{\2}", text)
+    text = re.sub(rf"((?:\\frac|\\binom) *{GROUP}) *(\w|{SYMBOL})", r"\1{\2}", text)
+    text = re.sub(rf"\\sqrt *(\\frac{GROUP}{GROUP})", r"\\sqrt{\1}", text)
     # A fraction of units: m over s is m/s.
     text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2

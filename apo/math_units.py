@@ -23,7 +23,8 @@ for row in UNIT_TABLE.split(";"):
 # Words that are no units. With one of them the value is another one (5 dozen), or there is no
 # single value any more (5 or more).
 NO_UNIT_WORDS = """
-    dozen score hundred thousand million billion trillion quadrillion quintillion lakh crore
+    ten tens dozen score hundred hundreds thousand thousands million billion trillion quadrillion
+    quintillion lakh crore point
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth
     millionth billionth trillionth square squared cubed factorial power exponent base root inverse
     reciprocal negative plus minus times over mod modulo choose pi percent double doubled triple

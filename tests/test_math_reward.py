@@ -363,6 +363,14 @@ def test_escaped_braces_do_not_close_a_box() -> None:
     assert last_box("") is None
 
 
+def test_a_float_is_read_as_python_writes_it() -> None:
+    """1e+16 in Python; in mathematics that is the number e, plus 16."""
+    assert check_answer(1e16) == "1e16"
+    assert reward(r"\boxed{10^{16}}", 1e16) == 1.0
+    assert reward(r"\boxed{e+16}", 1e16) == 0.0
+    assert reward(r"\boxed{0.00001}", 1e-5) == 1.0
+
+
 # Answers that cannot be graded
 
 
