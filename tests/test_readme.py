@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, read_lines, read_metrics
 from test_train_online import KEYS
 from torch.distributed.run import get_args_parser
@@ -16,6 +17,7 @@ from torch.distributed.run import get_args_parser
 import evaluate
 import offline_value
 import train_online
+from apo import problems
 
 STAGES = {
     "offline_value.py": offline_value,
@@ -170,6 +172,38 @@ def test_python_in_the_text_is_python(page: Path) -> None:
     for language, block in blocks(page):
         if language == "python":
             ast.parse(block)
+
+
+def python_blocks() -> list[str]:
+    return [block for language, block in blocks(ROOT / "README.md") if language == "python"]
+
+
+def test_the_readmes_task_scores_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "reverse-train.jsonl").write_text('{"word": "apple"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(problems, "DATASETS", dict(problems.DATASETS))
+    exec(python_blocks()[0], vars(problems) | {"DATASETS": problems.DATASETS})
+    [row] = problems.load_problems("reverse", "train")
+    assert row["question"] == "Write this word backwards: apple"
+    assert problems.reward("Here it is:\nelppa\n", row) == 1.0
+    assert problems.reward("elppa\nor so", row) == 0.0
+    assert problems.DATASETS["reverse"].test_set == "reverse"
+
+
+def test_the_readmes_loss_is_that_of_policy_gradient() -> None:
+    names = dict(vars(train_online))
+    exec(python_blocks()[1], names)
+    algorithm = names["policy_gradient"]()
+    batch = SimpleNamespace(
+        lengths=torch.tensor([2, 1]),
+        ref_logp=torch.tensor([-1.0, -1.0, -2.0]),
+        rewards=torch.tensor([1.0, 0.0]),
+        numbers={"v_star": torch.tensor([0.25, 0.5])},
+    )
+    loss, statistics = algorithm.loss(batch, torch.tensor([-1.0, -2.0, -4.0]))
+    assert loss.tolist() == [0.75 * 3, -0.5 * 4]
+    assert statistics["logratio"].tolist() == [-1.0, -2.0]
 
 
 def documented_keys(page: Path, heading: str) -> set[str]:
