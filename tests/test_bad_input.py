@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 import evaluate
 import offline_value
 import train_online
-from apo import files
+from apo import command_line, files
 
 # A model that is not here, while HF_HUB_OFFLINE=1 says that none may be fetched.
 HUB = "Qwen/Qwen2.5-0.5B"
@@ -627,3 +627,12 @@ def test_finished_values_of_other_settings_are_not_taken(difference, run, stage1
     result = run("offline_value.py", *stage1_arguments(model, dataset), *more, "--out", out)
     assert says in only_sentence(result)
     assert snapshot(tmp_path) == before
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    """wandb leaves a folder of its name where it has run; Python would import it as a package."""
+    (tmp_path / "runs_of_nobody").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not command_line.is_installed("runs_of_nobody")
+    assert not command_line.is_installed("no_such_package")
+    assert command_line.is_installed("torch")
