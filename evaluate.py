@@ -241,7 +241,10 @@ def settings_of_run(model: str) -> dict:
     if not os.path.isdir(model):  # a hub id
         return {}
     # RUN is the first parent of final, and the second one of step-N.
-    for folder in Path(model).resolve().parents[:2]:
+    # A checkpoint may be a link to another disk, and any name may be a link to a run's model.
+    as_named = Path(model).absolute().parents[:2]
+    as_linked = Path(model).resolve().parents[:2]
+    for folder in (*as_named, *as_linked):
         path = folder / "config.json"
         if not path.exists():
             continue
@@ -359,8 +362,8 @@ def room_for_prompt(args: argparse.Namespace) -> int:
     folder = files.model_folder(args.model)
     room = files.context_length(folder) - args.max_tokens
     # With longrope or dynamic rope scaling, vLLM computes all positions in another way as soon as
-    # texts longer than exact_length are possible. No text in training was longer. So prompt and
-    # response together are no longer here, if --max-tokens leaves room for a prompt.
+    # texts longer than exact_length are possible. No text in training was longer than that. So here
+    # too, prompt and response together stay within it, if --max-tokens leaves room for a prompt.
     room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
     if room_as_trained >= 1:
         room = min(room, room_as_trained)

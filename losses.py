@@ -58,7 +58,7 @@ def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
     the success rate (k + 1) / (N + 2). Rewards should lie between 0 and 1.
     Example: beta1 = 0.5: 0 of 2, 1 of 2, 2 of 2, 0 of 12 right -> 0.38, 0.27, 0.17, 0.16.
 
-    Errors and dtypes are those of `optimal_value`.
+    Raises ValueError in the same cases as `optimal_value`, and returns the same dtype.
     """
     v_star = optimal_value(rewards, beta1)
     extremes = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device=rewards.device)

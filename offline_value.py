@@ -285,8 +285,8 @@ def sample_values(
 ) -> list[list[dict]]:
     """Sample and score; return the records of each prompt's responses.
 
-    N of each prompt. With --max-value-samples 2 of each, then 2 more where V* is not exact enough
-    yet, and so on.
+    Every prompt gets N responses. With --max-value-samples, every prompt first gets two, then two
+    more where V* is not exact enough yet, and so on.
     """
     adaptive = args.max_value_samples > 0
     counts = [2 if adaptive else args.num_value_samples] * len(prompts)

@@ -87,8 +87,8 @@ class Algorithm(NamedTuple):
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
     # MicroBatch.numbers under the same name.
     credit: Callable[[list[Response]], None] | None = None
-    # Is called with the policy and the step's micro-batches, before the first update moves the
-    # weights. It may put what it computes into MicroBatch.extra.
+    # Is called with the policy and the list of the step's updates, before the first of them moves
+    # the weights. It may put what it computes into MicroBatch.extra, and add updates to the list.
     prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
     # Keep this many consecutive responses in one micro-batch, for a loss that compares them.
     group_size: int = 1

@@ -265,7 +265,7 @@ def symbols(text: str) -> set[str]:
 
 
 def has_one_irrational(gold: str, pred: str) -> bool:
-    """Say whether one irrational number stands in two values that else are rational.
+    """Say whether an irrational number stands once in two values, and all else is rational.
 
     Then they are not equal: 5 cannot be 2\\sqrt{3}, and 1+i cannot be 2.
     """

@@ -138,10 +138,10 @@ def num_adapter_parameters(size: ModelSize, lora_rank: int) -> int:
 def layer_bytes(size: ModelSize, all_trained: bool) -> int:
     """Return what a layer keeps of each token for its backward pass, in bf16 if not said otherwise.
 
-    The hidden state counts eight times: two norms keep it as float32 and twice as bf16. A norm that
-    is not trained keeps one less. Queries and the attention's result are kept, keys and values, and
-    four tensors of the MLP. In float32 are the attention's normaliser of each head, and a number of
-    each norm.
+    The hidden state counts eight times: each of the two norms keeps it once as float32, which
+    counts twice, and twice as bf16. A norm that is not trained keeps one bf16 copy less. Queries
+    and the attention's result are kept, keys and values, and four tensors of the MLP. In float32
+    are the attention's normaliser of each head, and a number of each norm.
     """
     hidden = (8 if all_trained else 6) * size.hidden
     width = size.num_heads * size.head_size
@@ -294,9 +294,9 @@ def describe(budget: Budget) -> list[str]:
 def engine_options(budget: Budget, total: int) -> dict[str, Any]:
     """Return the arguments of engine.start_engine that carry the decision out.
 
-    With kv_cache_memory_bytes, vLLM makes a cache of just that size, and does not derive one from
-    gpu_memory_utilization. That is a share of `total`, the bytes of the GPU in use or not, and vLLM
-    only demands that so much is free at its start.
+    With kv_cache_memory_bytes, vLLM makes a cache of just that size. gpu_memory_utilization is a
+    share of `total`, which is all memory of the GPU, occupied or free. Here vLLM uses it for one
+    thing only: it does not start unless that share is free.
     """
     share = (budget.engine + budget.cache) / total
     return {

@@ -1,4 +1,4 @@
-"""Is this a model that the trainer computes right? This is asked before anything is sampled.
+"""Is this a model that the trainer computes right? It is asked before the long runs begin.
 
 The trainer lays sequences end to end, uses its own attention, and takes ln pi from the last hidden
 states. An architecture that needs anything else (a window, scaled logits, a state that flows on

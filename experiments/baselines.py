@@ -47,7 +47,7 @@ import train_online
 from apo import command_line, engine, files
 from apo.engine import Response
 from apo.files import UserError
-from apo.policy import DEVICE, MicroBatch, Policy, load_lm, shard
+from apo.policy import DEVICE, MicroBatch, Policy, load_lm, reshard, shard
 from train_online import Algorithm, TrainingData
 
 EPSILON = 0.2  # GRPO's clip range
@@ -298,6 +298,7 @@ def replay(args: argparse.Namespace, data: TrainingData) -> Algorithm:
 
     def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
         new_updates = list(updates)
+        # `train` descends this very list, so the old ones are used after the new ones.
         updates.extend(old_updates)
         old_updates.extend(new_updates)
 
@@ -363,6 +364,7 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         if critic is None:
             # Only now: on a GPU the engine must start before any of the trainer's models.
             folder = files.model_folder(data.values.header["model"])
+            reshard(policy)  # with adapters it was also the reference: its weights are gathered
             mesh = next(policy.parameters()).device_mesh
             critic = load_critic(folder, mesh, args.gradient_checkpointing)
             optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
@@ -382,7 +384,7 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
                 batch.extra["returns"] = returns
         whiten(all_batches)
         # Critic and policy share no weights, so the critic can be updated here, before the policy.
-        train_online.update(critic, optimizer, updates, critic_loss)
+        train_online.update(critic, optimizer, updates, critic_loss, args.max_grad_norm)
 
     def loss(batch: MicroBatch, token_logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         token_losses = ppo_loss(token_logp, batch.extra["old_logp"], batch.extra["advantages"])

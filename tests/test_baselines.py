@@ -4,6 +4,7 @@ tests/trl_losses.json has the outputs of TRL's own code for a few numbers, and t
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import re
@@ -249,6 +250,7 @@ def make(
     kl_weight: float | None = None,
     num_updates: int = 1,
     gae_lambda: float | None = None,
+    max_grad_norm: float = 1.0,
 ) -> tuple[Algorithm, int]:
     """Make an algorithm, and say how many responses it has per prompt."""
     samples = baselines.METHODS[method].samples_per_prompt
@@ -256,6 +258,7 @@ def make(
     args.method = method
     args.kl_weight = kl_weight
     args.gae_lambda = gae_lambda
+    args.max_grad_norm = max_grad_norm
     args.updates_per_batch = num_updates
     args.gradient_checkpointing = False
     baselines.check_method(args)
@@ -471,6 +474,15 @@ def test_ppos_returns_decay_with_lambda(gae_lambda, group, folder, critics):
     close(batch.extra["returns"], torch.tensor(expected), 1e-5)
 
 
+def test_the_critic_is_clipped_as_the_policy_is(group, folder, critics):
+    """By SGD with the learning rate 0.1, a gradient of norm 1e-3 moves the weights by 1e-4."""
+    algorithm, _ = make("ppo", folder, max_grad_norm=1e-3)
+    step = Step(folder, algorithm, rollout(1))
+    start = torch.cat([weights(step.policy), torch.zeros(33)])
+    step.update(step.split(10_000, 1))
+    assert (weights(critics[0]) - start).norm().item() == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_running_mean_is_of_earlier_steps(folder):
     algorithm, _ = make("running", folder)
     means = []
@@ -569,6 +581,7 @@ RUNS = {
     "rebel": ("-m", "experiments.baselines", "--method", "rebel"),
     "ppo": ("-m", "experiments.baselines", "--method", "ppo"),
     "ppo on 2 ranks": (*torchrun(2), "-m", "experiments.baselines", "--method", "ppo"),
+    "ppo with adapters": ("-m", "experiments.baselines", "--method", "ppo", "--lora-rank", "4"),
     "clipped": ("-m", "experiments.baselines", "--method", "rebel", "--max-grad-norm", "1e-13"),
 }
 
@@ -580,6 +593,8 @@ def runs(run: Callable, stage1: SimpleNamespace, tmp_path_factory) -> dict[str, 
 
     def start(name: str) -> Path:
         out = place / name
+        if "--lora-rank" in RUNS[name] and importlib.util.find_spec("peft") is None:
+            return out
         result = run(*RUNS[name], "--values", stage1.file, "--out", out, *STEPS.split())
         assert result.code == 0, result.all
         return out
@@ -599,6 +614,13 @@ def test_a_method_trains(method, samples, runs):
     config = files.read_json(runs[method] / "config.json")
     assert config["method"] == method and config["samples_per_prompt"] == samples
     assert (runs[method] / "final" / "model.safetensors").exists()
+
+
+def test_ppo_trains_adapters(runs):
+    """The reference is then the policy itself, which has just been used for ln pi_ref."""
+    pytest.importorskip("peft")
+    steps = read_metrics(runs["ppo with adapters"])
+    assert steps[0]["logratio"] == 0 and steps[1]["logratio"] != 0
 
 
 def test_a_small_max_grad_norm_stops_the_training(runs):

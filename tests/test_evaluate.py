@@ -290,6 +290,11 @@ def parse(*flags: str) -> object:
 def test_a_link_to_a_trained_model_has_its_settings(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "best").symlink_to(trained_run / "final")
     assert evaluate.settings_of_run(str(tmp_path / "best")) == TRAINED
+    # A checkpoint that was moved to another disk, with a link in its place.
+    checkpoint = trained_run / "checkpoints" / "step-5"
+    checkpoint.rename(tmp_path / "moved")
+    checkpoint.symlink_to(tmp_path / "moved")
+    assert evaluate.settings_of_run(str(checkpoint)) == TRAINED
 
 
 def test_positions_are_those_of_training_if_there_is_room(model: Path, tmp_path: Path) -> None:
