@@ -27,6 +27,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -132,8 +133,9 @@ ABLATIONS = [
     Setting("responses_4", responses=4),
 ]
 # Two factors: how far off-policy the data is, from not at all to much, and what stands in V*'s
-# place. More updates of one size would move the policy further, so the learning rate is scaled by
-# 2 / updates: the other rows make 2.
+# place. Each update has a smaller part of the batch, so the learning rate is scaled by the square
+# root of 2 / updates, the rule for Adam (Malladi et al. 2022, arXiv 2205.10287): the other rows
+# make 2 updates.
 OFF_POLICY = []
 for data, command, num_updates in (
     ("updates_1", "train_online --updates-per-batch 1", 1),
@@ -141,7 +143,7 @@ for data, command, num_updates in (
     ("updates_16", "train_online --updates-per-batch 16", 16),
     ("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
 ):
-    scale = 2 / num_updates
+    scale = math.sqrt(2 / num_updates)
     OFF_POLICY += [
         Setting(f"{data}_v_star", command, rate_scale=scale),
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
