@@ -15,7 +15,7 @@ with the same flags, it continues. A model that train_online.py made is asked as
 run's config.json says how.
 """
 
-import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
+from apo import environment  # noqa: F401 - first: it says so if the environment is not active
 
 # isort: split
 import argparse
@@ -32,7 +32,7 @@ from apo import command_line, engine, files, math_reward, problems, self_check
 from apo.command_line import fraction, positive_integer, temperature, whole_number
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
-from apo.values import check_settings
+from apo.values import check_settings, is_number
 from losses import pass_at_k
 
 EXAMPLES = """examples:
@@ -65,8 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--num-samples",
-        type=positive_integer,
-        help="samples per problem; by default 32 for AMC, AIME and HMMT, and 1 for the others",
+        type=whole_number,
+        default=0,
+        help="samples per problem; 0 takes 32 for AMC, AIME and HMMT, and 1 for the others",
     )
     add(
         "--temperature",
@@ -154,17 +155,8 @@ def grade_outputs(records: list[dict]) -> list[float]:
     return [future.result() for future in futures]
 
 
-# What print_table needs of a benchmark's scores.
-SCORES = (
-    "num_problems",
-    "num_samples",
-    "mean",
-    "stderr",
-    "mean_any_end",
-    "truncated",
-    "tokens",
-    "pass_at_k",
-)
+# What print_table prints of a benchmark's scores, beside pass@k.
+SCORES = ("num_problems", "num_samples", "mean", "stderr", "mean_any_end", "truncated", "tokens")
 
 
 def print_table(benchmarks: dict[str, dict]) -> None:
@@ -249,10 +241,10 @@ def settings_of_run(model: str) -> dict:
         if not path.exists():
             continue
         config = files.read_json(path)
-        if "values_digest" not in config:
+        if "model_type" in config:
             continue  # a model's own config.json
         check_settings(config, str(path))
-        max_tokens = config.get("max_tokens")
+        max_tokens = config.get("max_tokens", 1)
         if type(max_tokens) is not int or max_tokens < 1:
             raise UserError(f'{path}: "max_tokens" is {max_tokens!r}, not a number of tokens')
         return config
@@ -260,27 +252,30 @@ def settings_of_run(model: str) -> dict:
 
 
 def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
-    """Decide on the prompt: by the flags if one is given, else as the model was trained."""
-    trained_style = PromptStyle.from_settings(trained_with)
-    given = (args.system_prompt, args.chat_template_kwargs)
-    if args.chat_template or given != (None, None):
-        return problems.prompt_style(
-            trained_style.template,
-            args.chat_template,
-            args.system_prompt,
-            args.chat_template_kwargs,
-        )
-    return trained_style
+    """Decide on the prompt: as the model was trained, except for what a flag says."""
+    trained = PromptStyle.from_settings(trained_with)
+    style = problems.prompt_style(
+        trained.template,
+        args.chat_template or trained.chat_template,
+        args.system_prompt,
+        args.chat_template_kwargs,
+    )
+    if args.system_prompt is None:
+        style = dataclasses.replace(style, system_prompt=trained.system_prompt)
+    if args.chat_template_kwargs is None:
+        style = dataclasses.replace(style, chat_template_kwargs=trained.chat_template_kwargs)
+    return style
 
 
 def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
-    """Collect all that decides what is sampled, but for the benchmark itself.
+    """Collect all that decides what is sampled, except the benchmark itself.
 
     A second start with another header is refused, so that no table mixes two settings.
     """
     return {
         "model": args.model,
         "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
+        "limit": args.limit,
         "num_samples": args.num_samples,
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -386,13 +381,27 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
     if not isinstance(summary.get("header"), dict) or not isinstance(done, dict):
         raise UserError(f"{path} is not a summary: give another --out, or remove it")
     for name, scores in done.items():
-        if not isinstance(scores, dict) or not scores.keys() >= set(SCORES):
-            raise UserError(f"{path} has no scores of {name}: give another --out, or remove it")
+        check_scores(scores, f"{path}, {name}")
     what = f"{path} (give another --out, or remove it)"
     files.refuse_difference(what, summary["header"], without_path(header))
     for name in benchmarks.keys() & done.keys():
         files.refuse_difference(f"{name} in {what}", done[name], benchmarks[name].identity)
     return done
+
+
+def check_scores(scores: Any, where: str) -> None:
+    """Raise UserError for scores that print_table could not have printed."""
+    if not isinstance(scores, dict):
+        raise UserError(f"{where} has no scores: give another --out, or remove it")
+    pass_at = scores.get("pass_at_k")
+    if not isinstance(pass_at, dict):
+        raise UserError(f'{where} has no "pass_at_k": give another --out, or remove it')
+    numbers = {f"pass@{k}": value for k, value in pass_at.items()}
+    for name in SCORES:
+        numbers[name] = scores.get(name)
+    for name, value in numbers.items():
+        if not is_number(value):
+            raise UserError(f"{where}: {name} is {value!r}, not a number")
 
 
 def without_path(header: dict) -> dict:
@@ -425,9 +434,10 @@ def sample_benchmark(
     llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
-    # As in the paper: one greedy response to each problem, but 32 samples of small sets.
+    # As in the paper: one response to each problem, but 32 of small sets. That the one is greedy is
+    # our choice.
     num_samples = args.num_samples
-    if num_samples is None:
+    if num_samples == 0:
         # A local file has the task "math", whatever its name.
         is_small = benchmark.rows[0]["_task"] in SMALL_BENCHMARKS
         num_samples = SAMPLES_OF_SMALL if is_small else 1

@@ -183,4 +183,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not 1 <= k <= num_samples:
         raise ValueError(f"k {k} is not between 1 and num_samples {num_samples}")
     num_wrong = num_samples - num_correct
-    return 1 - math.comb(num_wrong, k) / math.comb(num_samples, k)
+    num_draws = math.comb(num_samples, k)
+    # The division of two whole numbers is exact up to one rounding.
+    return (num_draws - math.comb(num_wrong, k)) / num_draws

@@ -15,7 +15,7 @@ Scored responses go to OUT.partial/ as they come. If this is killed and started 
 flags, it samples only what is missing.
 """
 
-import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
+from apo import environment  # noqa: F401 - first: it says so if the environment is not active
 
 # isort: split
 import argparse
@@ -37,7 +37,7 @@ from apo.command_line import (
 )
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
-from apo.values import check_entries
+from apo.values import check_entries, is_number
 from losses import optimal_value, value_standard_error
 
 EXAMPLES = """examples:
@@ -96,6 +96,7 @@ def make_identity(args: argparse.Namespace, rows: list[dict], style: PromptStyle
     return {
         "task": task,
         "reward": problems.reward_name(task),
+        "limit": args.limit,
         "dataset_digest": files.content_digest(rows),
         "model_fingerprint": files.model_fingerprint(files.model_folder(args.model)),
         **number_of_samples(args),
@@ -182,7 +183,6 @@ SUMMARY = (
     "truncated",
     "dropped_long",
     "dropped_ungradable",
-    "grading",
 )
 
 
@@ -218,7 +218,7 @@ def print_summary(header: dict, entries: list[dict]) -> None:
         f"truncated {header['truncated'] / sum(counts):.1%}"
     )
     print(f"dropped: {header['dropped_long']} too long, {header['dropped_ungradable']} ungradable")
-    print(f"grading: {header['grading']}")
+    print(f"grading: {header.get('grading')}")
     # The longest bar has 50 characters.
     print(title)
     for k, count in enumerate(prompts_with):
@@ -255,8 +255,9 @@ def read_finished(out: Path, identity: dict) -> dict | None:
     files.refuse_difference(what, values["header"], identity)
     check_entries(values, str(out))
     for name in SUMMARY:
-        if name not in values["header"]:
-            raise UserError(f'{out} has lost "{name}" from its header: give another --out')
+        value = values["header"].get(name)
+        if not is_number(value):
+            raise UserError(f'{out}: "{name}" in its header is {value!r}: give another --out')
     engine.remove_partial(out)  # a kill may have come just before its removal
     print(f"{out} is finished: nothing to do")
     return values

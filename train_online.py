@@ -16,12 +16,13 @@ It uses all GPUs of this machine, or the CPU if there is none. On several machin
 with torchrun (docs/hardware.md).
 """
 
-import apo  # noqa: F401 - first: it says how to activate the environment if it is not active
+from apo import environment  # noqa: F401 - first: it says so if the environment is not active
 
 # isort: split
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import random
 import resource
@@ -152,9 +153,9 @@ def update(
             # where the sum of the parts is wanted.
             (loss * dist.get_world_size()).backward()
             sums["loss"] += loss.detach() / len(updates)
+            # Kept for samples.jsonl.
+            batch.statistics = {name: x.detach() for name, x in statistics.items()}
             if number == 0:
-                # Kept for samples.jsonl, too.
-                batch.statistics = {name: x.detach() for name, x in statistics.items()}
                 add_sums(sums, batch, output.detach())
         # The norm of the gradient, over the slices of all ranks. FSDP's tensors are DTensors: each
         # rank holds its slice, and full_tensor() puts the slices of all ranks together.
@@ -281,8 +282,8 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
             metrics["eval_accuracy"] = evaluate(run, max_tokens)
-        # Only the first update's responses have a log-ratio of this step's policy.
-        log_step(run, metrics, responses[: args.log_samples], updates[0])
+        own_updates = updates[: args.updates_per_batch]  # `prepare` may have added others
+        log_step(run, metrics, responses[: args.log_samples], own_updates)
 
         # A signal may reach one rank alone, so the ranks agree once a step whether to stop.
         stopped_by = stop_flag.agree()
@@ -372,10 +373,10 @@ def summarize(responses: list[Response], seconds: float) -> dict[str, float]:
     }
 
 
-def gather_logratios(batches: list[MicroBatch], num_samples: int) -> dict[int, float]:
+def gather_logratios(updates: list[list[MicroBatch]], num_samples: int) -> dict[int, float]:
     """Collect from all ranks the log-ratios of the first responses; by the response's index."""
     here = {}
-    for batch in batches:
+    for batch in itertools.chain.from_iterable(updates):
         if batch.weight == 0 or "logratio" not in batch.statistics:
             continue
         for response, value in zip(batch.responses, batch.statistics["logratio"], strict=True):
@@ -421,10 +422,10 @@ def log_metrics(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def log_step(
-    run: Run, metrics: dict[str, Any], samples: list[Response], batches: list[MicroBatch]
+    run: Run, metrics: dict[str, Any], samples: list[Response], updates: list[list[MicroBatch]]
 ) -> None:
     """Write a step's metrics, and some of its responses with their log-ratios."""
-    logratios = gather_logratios(batches, len(samples))
+    logratios = gather_logratios(updates, len(samples))
     log_metrics(run, metrics)
     if dist.get_rank() == 0:
         run.log.write_samples(metrics["step"], samples, logratios)

@@ -178,7 +178,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Leave with exit code 128 + number. Graded responses are on the disk, but for the last few.
+    """Leave with exit code 128 + number. Graded responses are on the disk, except the last few.
 
     No exception is raised: one that reaches C++, while a library is imported, aborts the process.
     """

@@ -68,7 +68,7 @@ class MicroBatch:
 def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str, Any], Tensor]:
     """Lay B sequences end to end.
 
-    Returns the inputs of `Policy.forward`, but for the temperature, and the lengths of the
+    Returns the inputs of `Policy.forward`, without the temperature, and the lengths of the
     responses (B,). `rows` (R,) are the places whose hidden state predicts the response tokens
     `targets` (R,). The last token of a response predicts nothing and is left out.
 

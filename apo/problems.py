@@ -505,9 +505,9 @@ def submit_reward(response: str, row: dict) -> Future:
     reward function is called here and now, and should take milliseconds. If it raises, or returns
     no finite number, the run stops with the traceback and the row's id.
     """
-    if DATASETS[row.get("_task", "math")].reward is score_mathematics:
-        return math_reward.submit(response, row["answer"])
     try:
+        if DATASETS[row.get("_task", "math")].reward is score_mathematics:
+            return math_reward.submit(response, row["answer"])
         value = reward(response, row)
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"the reward function failed on row {row['id']!r}") from error

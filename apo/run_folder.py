@@ -65,6 +65,8 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         return Progress(True, None, final_step)
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
     checkpoint = find_checkpoint(out / "checkpoints")
+    if final_step is None and (out / "final").exists():
+        print(f"{out}/final is damaged: it is not used", file=sys.stderr)
     if checkpoint is None and final_step is not None:
         raise UserError(
             f"{out}/final is from step {final_step}, and no whole checkpoint is left to continue "

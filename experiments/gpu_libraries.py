@@ -25,7 +25,7 @@ def need_vllm() -> None:
 
 
 def import_apo() -> list[str]:
-    """Import apo, which ends the process if a library is missing; return what is missing.
+    """Import apo.environment, which ends the process if a library is missing; return what is.
 
     An empty module takes the place of such a library for a moment.
     """
@@ -35,7 +35,7 @@ def import_apo() -> list[str]:
             missing.append(name)
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__spec__ = ModuleSpec(name, None)
-    import apo  # noqa: F401
+    from apo import environment  # noqa: F401
 
     for name in missing:
         del sys.modules[name]

@@ -18,8 +18,8 @@ value of the beginning y_1..h is, for rewards r_t of each line,
 
     V*(x, y_1..h) = beta1 ln E exp(sum over t > h of r_t / beta1),    y_h+1.. ~ pi_ref
 
-(the paper's rebuttal; h = 0 gives equation (1)). Here r_t is 0 but for the last line, which has the
-reward of the response. The optimal policy satisfies for each line, with V* = 0 after the last one,
+(the paper's rebuttal; h = 0 gives equation (1)). Here r_t is 0 except for the last line, which has
+the reward of the response. The optimal policy satisfies for each line, with V* = 0 after the last,
 
     beta ln(pi / pi_ref)(line h) = r_h + V*(x, y_1..h) - V*(x, y_1..h-1),
 

@@ -198,7 +198,7 @@ def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> N
 
 
 def test_an_old_python_is_told() -> None:
-    code = "import sys; sys.version_info = (3, 10); import apo"
+    code = "import sys; sys.version_info = (3, 10); import apo.environment"
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr

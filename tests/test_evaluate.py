@@ -1,7 +1,9 @@
 """Stage 3 as a user runs it: the saved samples, their statistics, and --grade on files."""
 
+import dataclasses
 import itertools
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -328,6 +330,11 @@ def test_flags_win_over_the_settings_of_the_run() -> None:
     assert evaluate.base_style(parse(), {}) == PLAIN
     style = evaluate.base_style(parse("--chat-template", "--system-prompt", "Think."), TRAINED)
     assert style.chat_template and style.system_prompt == "Think."
+    # A flag changes what it names, and the rest stays as in training.
+    style = evaluate.base_style(parse("--system-prompt", "Think."), TRAINED)
+    assert style == dataclasses.replace(as_trained, system_prompt="Think.")
+    style = evaluate.base_style(parse("--chat-template-kwargs", '{"think": true}'), TRAINED)
+    assert style == dataclasses.replace(as_trained, chat_template_kwargs={"think": True})
     style = evaluate.base_style(parse("--chat-template"), {})
     assert style == PromptStyle(chat_template=True)
 
@@ -353,19 +360,38 @@ def test_two_runs_with_one_out_keep_the_scores_of_both(
     header = {"model": "m", "seed": 0}
     benchmarks = {"mine": evaluate.Benchmark([], [], {"dataset_digest": "1"}, [])}
 
+    def scores(mean: float) -> dict:
+        return dict.fromkeys(evaluate.SCORES, 0.0) | {"mean": mean, "pass_at_k": {"1": mean}}
+
     def sample(*arguments) -> list[dict]:
-        theirs = {"header": header, "benchmarks": {"theirs": {"mean": 0.5}}}
+        theirs = {"header": header, "benchmarks": {"theirs": scores(0.5)}}
         files.write_json(tmp_path / "summary.json", theirs)
         return []
 
     monkeypatch.setattr(evaluate, "start_engine", lambda *arguments: None)
     monkeypatch.setattr(evaluate, "sample_benchmark", sample)
-    monkeypatch.setattr(evaluate, "score", lambda records: {"mean": 0.25})
+    monkeypatch.setattr(evaluate, "score", lambda records: scores(0.25))
     monkeypatch.setattr(evaluate.engine, "stop_engine", lambda llm: None)
     done = evaluate.sample_missing(SimpleNamespace(out=str(tmp_path)), header, benchmarks)
     assert done == files.read_json(tmp_path / "summary.json")["benchmarks"]
-    assert done["theirs"] == {"mean": 0.5}
+    assert done["theirs"] == scores(0.5)
     assert done["mine"]["mean"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mean": "high"}, "mean is 'high', not a number"),
+        ({"tokens": None}, "tokens is None"),
+        ({"pass_at_k": [0.5]}, 'has no "pass_at_k"'),
+        ({"pass_at_k": {"1": "half"}}, "pass@1 is 'half'"),
+    ],
+)
+def test_scores_that_somebody_has_edited_are_named(change: dict, says: str) -> None:
+    good = dict.fromkeys(evaluate.SCORES, -0.5) | {"pass_at_k": {"1": 0.5}}
+    evaluate.check_scores(good, "it")  # rewards below 0 are rewards
+    with pytest.raises(UserError, match=re.escape(says)):
+        evaluate.check_scores(good | change, "it")
 
 
 def test_results_of_another_run_are_refused_by_name(evaluated: SimpleNamespace) -> None:

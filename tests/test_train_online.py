@@ -284,7 +284,8 @@ def test_samples_can_be_read_beside_their_numbers(straight: SimpleNamespace) -> 
         of_step = [sample for sample in samples if sample["step"] == step]
         # The first of the two updates has six responses. Its log-ratios are those of metrics.jsonl.
         logratios = [sample["logratio"] for sample in of_step]
-        assert logratios[6:] == [None, None]
+        # The others are of the second update, for which the policy has moved once.
+        assert all(math.isfinite(logratio) and logratio != 0 for logratio in logratios[6:])
         assert sum(logratios[:6]) / 6 == pytest.approx(rows[step]["logratio"], rel=1e-5, abs=1e-7)
         assert (step == 1) == all(logratio == 0 for logratio in logratios[:6])
 
