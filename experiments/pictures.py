@@ -135,8 +135,19 @@ def draw_v_star() -> None:
     for beta1, colour in zip((0.1, 0.5, 1.0, math.inf), COLOURS, strict=False):
         values = values_by_count(beta1)
         label = "β1 = ∞: the mean" if beta1 == math.inf else f"β1 = {beta1:g}"
-        axes.plot(counts, values, "o-", color=colour, label=label, markersize=4)
-    axes.legend(frameon=False, loc="lower right")
+        axes.plot(counts, values, "o-", color=colour, markersize=4)
+        # Along the line between three and five right responses, just above it.
+        axes.text(
+            4,
+            values[4] + 0.02,
+            label,
+            ha="center",
+            color=colour,
+            fontsize=9,
+            rotation=math.degrees(math.atan2(values[5] - values[3], 2)),
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+        )
     strip(
         axes,
         "The smaller β1, the more a single success counts",
