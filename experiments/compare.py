@@ -51,6 +51,7 @@ from experiments.compare_results import (
     read_run,
     read_scores,
     sum_up,
+    table_of_seeds,
 )
 
 RUNS_AT_ONCE = 2
@@ -151,10 +152,13 @@ for data, command, num_updates in (
     ]
 # Why do the methods differ? Clipping at norm 1 never acts on A*-PO, whose gradient is proportional
 # to beta2. The limits here are half of the norm of the first steps, so that it acts in nearly all
-# of them. PPO's lambda is 1 in the authors' configuration.
+# of them. The mean reward and 0 leave fewer responses below their baseline than V* does. PPO's
+# lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),
+    Setting("mean_2x_rate", MEAN, rate_scale=2.0),
+    Setting("zero_2x_rate", value_samples=0, rate_scale=2.0),
     Setting("a_star_po_2x_rate_clipped", CLIPPED, rate_scale=2.0),
     Setting("zero_2x_rate_clipped", CLIPPED, value_samples=0, rate_scale=2.0),
     Setting(
@@ -443,7 +447,7 @@ def write_results(
         runs_of[setting.method] = runs
     files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
     table = make_table(results, read_scores(args.work / "reference"))
-    table.append("")
+    table += ["", "pass@1 of each seed", "", *table_of_seeds(runs_of), ""]
     for count in sorted({setting.value_samples for setting in folders_of} - {0}):
         table.append(describe_stage_1(values_file(args, count)))
     if tuning:

@@ -203,6 +203,15 @@ def table_of_costs(results: list[dict], what: str, unit: float) -> list[str]:
     return lines
 
 
+def table_of_seeds(runs_of: dict[str, list[Run]]) -> list[str]:
+    """Write pass@1 of each run: a mean hides that some runs have collapsed."""
+    lines = []
+    for method, runs in runs_of.items():
+        scores = "".join(f"{run.scores.pass_at_k['1']:>8.3f}" for run in runs)
+        lines.append(f"{method:26}{scores}")
+    return lines
+
+
 def value_of_reference(name: str, reference: Scores) -> float | None:
     """Return what the reference has in a column of the table; None for its training reward."""
     if name.startswith("pass_at_"):

@@ -786,6 +786,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     table = (tmp_path / "compare.txt").read_text().splitlines()
     assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
+    assert "a_star_po_n2                 0.500   0.500" in table  # of each seed
     assert "stage 1, N = 2: 0.000 million tokens, 7 seconds" in table
     [chosen] = [line for line in table if re.match(r"a_star_po .*chosen", line)]
     # Rewards 0.5 to 1: 0.75 on average, and 0.8 in the last five steps.
