@@ -8,8 +8,8 @@ Answer:
   1. With samples of another policy, only the exact V* leads to pi*. The mean reward or zero in its
      place ends elsewhere. On-policy, all three lead to pi*.
   2. V* falls from the best reward (beta1 -> 0) to the mean reward (beta1 -> infinity).
-  3. The standard error of V* is largest at a low success rate: at 0.18 for N = 8, beta1 = 0.5. The
-     paper's rebuttal says one half, which holds for N = 1 only.
+  3. The standard error of V* is largest at a low success rate: at 0.18 for N = 8, beta1 = 0.5, and
+     not at one half.
 
 The regression and V* are those of losses.py. experiments/regret.py has the theory's last part: the
 regret of log-linear policies.
@@ -253,10 +253,8 @@ def standard_errors() -> Part:
             f"{found.stderr_at_half:>7.4f} {found.stderr / found.stderr_at_half:>6.2f} "
             f"{found.bias:>8.4f} {found.p_bias:>7.2g}"
         )
-    log.append("CONTRADICTS THE REBUTTAL, which has the s.e. largest at p = 1/2. That holds for")
-    log.append(
-        "N = 1, where V* is the one reward, and nearly for beta1 = 10. Otherwise p is lower."
-    )
+    log.append("The s.e. is largest at p = 1/2 for N = 1, where V* is the one reward, and nearly")
+    log.append("there for beta1 = 10. Otherwise it is largest at a lower p.")
     return Part({"rows": rows}, log)
 
 
