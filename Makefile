@@ -97,6 +97,7 @@ results: $(ENVIRONMENT) countdown/reference
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.regret
 	$(RUN) -m experiments.compare
+	$(RUN) -m experiments.compare --rows controls --seeds 3
 
 ablations: $(ENVIRONMENT) countdown/reference
 	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
