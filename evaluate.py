@@ -11,8 +11,8 @@ HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little.
 - pass@k: the chance that at least one of k samples is right, estimated without bias from all n.
 
 OUT/NAME.jsonl has every sample, OUT/summary.json the scores. If this is killed and started again
-with the same flags, it continues. A model that train_online.py made is asked as it was trained: its
-run's config.json says how.
+with the same flags, it continues. A model that train_online.py made gets prompts as in its training,
+by its run's config.json.
 """
 
 from apo import environment  # noqa: F401 - first: it says so if the environment is not active
@@ -307,7 +307,7 @@ def make_benchmark(
     _, reasons = problems.keep_gradable(name, rows)
     remarks = [f"counted as wrong: {reason}" for reason in reasons]
 
-    # A model that was trained on a task is asked as it was trained.
+    # A model that was trained on a task gets the prompts of its training.
     task = problems.find_task(name)
     style = problems.style_of_task(
         base_style(args, trained_with), task, trained_reward=trained_with.get("reward")

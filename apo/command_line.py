@@ -64,7 +64,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--chat-template",
         action="store_true",
-        help="ask through the tokenizer's chat template; without it, as base models are asked",
+        help="write prompts in the tokenizer's chat template, for instruct models; without it they "
+        "are plain text, for base models",
     )
     add("--system-prompt", metavar="TEXT", help="a system turn; it needs --chat-template")
     add(
