@@ -11,8 +11,8 @@ HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little.
 - pass@k: the chance that at least one of k samples is right, estimated without bias from all n.
 
 OUT/NAME.jsonl has every sample, OUT/summary.json the scores. If this is killed and started again
-with the same flags, it continues. A model that train_online.py made gets prompts as in its training,
-by its run's config.json.
+with the same flags, it continues. A model that train_online.py made gets prompts as in its
+training, by its run's config.json.
 """
 
 from apo import environment  # noqa: F401 - first: it says so if the environment is not active
