@@ -513,8 +513,8 @@ def test_run_continues_from_the_checkpoint_before_a_damaged_one(run, two_steps):
         tear_last_line(out / name)
     result = run(*two_steps.command)
     assert_ended_well(result)
-    (line,) = [line for line in result.err.splitlines() if "damaged" in line]
-    assert "step-2" in line and "step-1" not in line
+    line, of_final = [line for line in result.err.splitlines() if "damaged" in line]
+    assert "step-2" in line and "step-1" not in line and "final" in of_final
     (damaged,) = (out / "checkpoints").glob("damaged-*")
     assert damaged.name in line
     assert_same("train_online", out, two_steps.base)
