@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import json
 import math
 import operator
 import random
@@ -491,3 +492,18 @@ def test_as_a_command_the_reward_has_its_full_name():
     command[-1] += "print(problems.reward_name('countdown'))"
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.stdout.splitlines()[-1] == "experiments.countdown.reward"
+
+
+def test_describe_counts_tries_and_repeats(tmp_path, monkeypatch, capsys):
+    outputs = [
+        ("2+7=9+1=10, yes:\n\\boxed{(2+7)+1}", 1.0),
+        ("2+7=9\n2*7=14\n2+7=9, enough:\n\\boxed{2+7}", 0.0),
+    ]
+    lines = [json.dumps({"output": output, "reward": reward}) for output, reward in outputs]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["countdown", "describe", str(tmp_path / "samples.jsonl")])
+    countdown.main()
+    assert capsys.readouterr().out.endswith(
+        ': 2 responses, 2.0 tries each; 50.0% end with "enough", 50.0% hit with the first try, '
+        "50.0% repeat a try\n"
+    )
