@@ -297,9 +297,9 @@ def title_of(results: list[dict], what: str, goal: str) -> str:
     best = best_methods(results, f"{what}_to", goal)
     if not best:
         return f"Reward by {what}"
-    if len(best) > 2:
+    if len(best) > 1:
         return f"Fewest {what} to reward {goal}: {len(best)} methods"
-    return f"Fewest {what} to reward {goal}: {' and '.join(map(label_of, best))}"
+    return f"Fewest {what} to reward {goal}: {label_of(best[0])}"
 
 
 def label_of(method: str) -> str:
