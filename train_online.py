@@ -7,9 +7,9 @@ What differs from other trainers:
 - There is no critic and no group of responses. The baseline is V*, which stage 1 has computed.
 - There is no importance ratio, and no clipping of one. The loss is a squared error, in losses.py.
 - ln pi(y|x) is a sum over the response's tokens, EOS included, and is not divided by its length.
-   The policy and the reference compute it by the same code in the same shapes.
+  The policy and the reference compute it by the same code in the same shapes.
 - As published, a step makes two updates, each on its half of the responses. The second half was
-   sampled before the first update, so it is slightly off-policy. --updates-per-batch 1 avoids that.
+  sampled before the first update, so it is slightly off-policy. --updates-per-batch 1 avoids that.
 - There is no learning-rate schedule and no entropy bonus.
 
 It uses all GPUs of this machine, or the CPU if there is none. On several machines, start it on each

@@ -449,6 +449,7 @@ def from_all_ranks(thing: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------
 # Sampling that survives a kill: stages 1 and 3
 
+# What `make_record` writes of each response.
 RECORD_FIELDS = ("id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens")
 # This many responses of each engine tell whether the model ends its responses at all.
 NUM_FIRST = 100

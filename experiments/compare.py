@@ -152,8 +152,8 @@ for data, command, num_updates in (
     ]
 # Why do the methods differ? Clipping at norm 1 never acts on A*-PO, whose gradient is proportional
 # to beta2. The limits here are half of the norm of the first steps, so that it acts in nearly all
-# of them. The mean reward and 0 leave fewer responses below their baseline than V* does. PPO's
-# lambda is 1 in verl.
+# of them. Against V* the advantages sum to less than 0, against the mean reward to about 0, and
+# against 0 to more. PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),

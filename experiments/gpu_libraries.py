@@ -25,7 +25,7 @@ def need_vllm() -> None:
 
 
 def import_apo() -> list[str]:
-    """Import apo.environment, which ends the process if a library is missing; return what is.
+    """Import apo.environment, which ends the process if a library is missing; list these.
 
     An empty module takes the place of such a library for a moment.
     """
