@@ -1,4 +1,4 @@
-"""Stage 3: score a model on math benchmarks, mean@n and pass@k with standard errors.
+"""Stage 3: score a model on benchmarks, mean@n and pass@k with standard errors.
 
 As in the paper, each problem of the large sets gets one greedy answer, and each of AMC, AIME and
 HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little. What is printed:
@@ -81,7 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="longest response, in tokens; by default what the model was trained with, else 1024",
     )
     add("--out", default="results/math", help="folder of the samples and of summary.json")
-    add("--grade", metavar="FILE", help="score this file of saved outputs instead of a model")
+    add(
+        "--grade",
+        metavar="FILE",
+        help="score the mathematics in this file of saved outputs; no model is needed",
+    )
     command_line.add_prompt_flags(parser)
     command_line.add_engine_flags(parser, gpu_share=0.9)
     return parser

@@ -358,7 +358,10 @@ def split_into_updates(
 
 
 def summarize(responses: list[Response], seconds: float) -> dict[str, float]:
-    """Return the means over a step's responses, those of all ranks, and the tokens per second."""
+    """Return the metrics of a step's responses, those of all ranks: means, and tokens per second.
+
+    A fork that wants another number of the whole batch adds it here.
+    """
     count = len(responses)
     num_tokens = sum(len(response.ids) for response in responses)
     reward = sum(response.reward for response in responses) / count
@@ -659,7 +662,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--eval-dataset",
         help="measure greedy accuracy on this set while training; none switches it off; by default "
-        "the test set of the training set (math: math500, gsm8k: its test split, a file: none)",
+        "the test set of the training set, as apo/problems.py has it, and none for a file",
     )
     add("--eval-every", type=positive_integer, default=50, help="steps between evaluations")
     add("--log-samples", type=whole_number, default=8, help="responses a step in samples.jsonl")

@@ -1,9 +1,13 @@
 r"""The tasks: where rows come from, how a row becomes a prompt, and which function scores it.
 
-A task is one entry of `DATASETS`. To train on another one, add an entry and, unless it is
-mathematics, one reward function: README.md, "Fork it", has an example. Nothing else changes in any
-stage. The reward sees all columns of the source in `row`, but
-"question", "answer", "_task" and, for hub sets, "id" are replaced by the ones made here.
+A task is one entry of `DATASETS`. To train on another one, write at the end of this file an entry
+and, unless it is mathematics, one reward function: README.md, "Fork it", has an example. Nothing
+else changes in any stage. An entry that another module adds is known only to programs that import
+the module: experiments/countdown.py therefore starts the stages itself.
+
+In its row, the reward sees all columns of the source. Some are written here over the source's own:
+"question" and "answer" are what the entry's functions returned, "_task" is the name of the entry,
+and "id" is a number after the name, unless a local file has an "id".
 """
 
 import dataclasses
@@ -69,20 +73,25 @@ def answer_column(row: dict) -> Any:
 class Dataset:
     """One task: its rows, its prompt and its reward."""
 
-    # A hub id, or a local file with {split} in its name.
+    # A hub id, or the path of a local file with {split} in its name, as seen from the folder in
+    # which a stage is started.
     source: str
-    # The source's own names of its splits, by their use: stage 1 takes "train", stages 2 and 3
-    # evaluate on "test". The only split of many benchmarks is called "train" by its source.
+    # From our name of a split to the source's own. Stage 1 takes "train", stages 2 and 3 evaluate
+    # on "test". Many sources call the only split of a benchmark "train": {"test": "train"}.
     splits: dict[str, str]
+    # From a row of the source to the text of its question, and to its answer in the form that the
+    # reward wants.
     question: Callable[[dict], str]
     answer: Callable[[dict], Any]
     # Which configuration of a hub set, if it has several.
     config: str | None = None
     # {question} is replaced by the row's question.
     template: str = BOXED_TEMPLATE
-    # From the text of a response and its row to any finite number.
+    # From the text of a response, without its end token, and its row to any finite number. In
+    # training, a response that does not end within --max-tokens earns 0 and is not seen here.
     reward: Callable[[str, dict], float] = score_mathematics
-    # What stage 2 evaluates on by default when it trains on this set.
+    # On which entry of DATASETS stage 2 evaluates by default when it trains on this one; "none":
+    # it does not evaluate.
     test_set: str = "none"
 
 
@@ -234,7 +243,10 @@ def read_split(dataset: Dataset, name: str, serves: str | None) -> list[dict]:
     """Read the rows of a registered dataset, from a local file or from the hub."""
     split = dataset.splits[serves or next(iter(dataset.splits))]
     if "{split}" in dataset.source:
-        return read_rows(Path(dataset.source.replace("{split}", split)))
+        path = Path(dataset.source.replace("{split}", split))
+        if not path.exists():
+            raise UserError(f"cannot read the rows of {name}: there is no {path.absolute()}")
+        return read_rows(path)
     import datasets  # here, as it takes a second
 
     try:
@@ -271,11 +283,12 @@ def read_rows(path: Path) -> list[dict]:
 
 def check_columns(rows: list, name: str) -> None:
     """Raise UserError for the first row without a text "question" and an "answer"."""
+    hint = "(a file is mathematics; give another task by its name in apo/problems.py)"
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str):
-            raise UserError(f'{name}, row {number} has no text "question": {row!r:.60}')
+            raise UserError(f'{name}, row {number} has no text "question": {row!r:.60} {hint}')
         if "answer" not in row:
-            raise UserError(f'{name}, row {number} has no "answer": {row!r:.60}')
+            raise UserError(f'{name}, row {number} has no "answer": {row!r:.60} {hint}')
 
 
 def make_row(

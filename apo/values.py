@@ -107,7 +107,10 @@ def check_task(header: dict, name: str) -> None:
     """Check that the task and its reward are the ones of stage 1."""
     task = header["task"]
     if task not in problems.DATASETS:
-        raise UserError(f"{name} is for the task {task!r}, which apo/problems.py does not list")
+        raise UserError(
+            f"{name} is for the task {task!r}, which apo/problems.py does not list: if a module of "
+            "yours adds it, that module must start the stage"
+        )
     reward = problems.reward_name(task)
     header.setdefault("reward", reward)
     files.refuse_difference(name, header, {"reward": reward})

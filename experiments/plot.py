@@ -44,17 +44,19 @@ class Run(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One panel: the key in metrics.jsonl, the words for the title, and the label of the axis."""
+    """One panel: what it shows, and how."""
 
-    key: str
-    words: str
-    axis: str
+    key: str  # in metrics.jsonl
+    words: str  # for the title
+    axis: str  # the label of the vertical axis
     unit: str = ""
-    scale: float = 1.0
-    digits: int = 2
+    scale: float = 1.0  # what is drawn is the logged number times this
+    digits: int = 2  # in the title
     smooth: bool = True
+    from_zero: bool = False  # the vertical axis begins at 0
 
 
+# The picture grows with this list: it has a place for each panel, and one for the key.
 PANELS = (
     Panel("reward", "Reward", "mean reward"),
     Panel(
@@ -67,8 +69,8 @@ PANELS = (
         smooth=False,
     ),
     Panel("logratio", "Log-ratio", "ln(π / π_ref) (nats per response)", unit=" nats"),
-    Panel("response_tokens", "Length", "tokens per response", unit=" tokens", digits=0),
-    Panel("seconds_total", "Time per step", "seconds per step", unit=" s", digits=1),
+    Panel("response_tokens", "Length", "tokens per response", " tokens", digits=0, from_zero=True),
+    Panel("seconds_total", "Time per step", "seconds per step", " s", digits=1, from_zero=True),
 )
 
 
@@ -315,7 +317,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: list[Run]) -> None:
     if not any(line.values for line in lines):
         axes.set_yticks([])
     # Without room below, lines near zero would look steeper than they are.
-    if panel.key in ("seconds_total", "response_tokens"):
+    if panel.from_zero:
         axes.set_ylim(bottom=0)
     if len(runs) > 1:
         labels = []
@@ -349,7 +351,7 @@ def draw_v_star(axes: Axes, run: Run) -> None:
 
 
 def draw_key(axes: Axes, runs: list[Run]) -> None:
-    """Write in the last panel what the runs are and how to read the lines."""
+    """Write in a place of its own what the runs are and how to read the lines."""
     axes.axis("off")
     height = 1.0
     for number, text in enumerate(describe_runs(runs)):
@@ -363,11 +365,15 @@ def draw_key(axes: Axes, runs: list[Run]) -> None:
 
 def draw(runs: list[Run], out: Path) -> None:
     """Draw all panels into one picture of page width."""
-    figure, grid = pyplot.subplots(3, 2, figsize=(8.2, 7.2), layout="constrained")
-    panels = list(grid.flat)
-    for axes, panel in zip(panels, PANELS, strict=False):
+    num_rows = math.ceil((len(PANELS) + 1) / 2)
+    size = (8.2, 2.4 * num_rows)
+    figure, grid = pyplot.subplots(num_rows, 2, figsize=size, layout="constrained")
+    *places, last_place = grid.flat
+    for axes in places[len(PANELS) :]:
+        axes.axis("off")
+    for axes, panel in zip(places, PANELS, strict=False):
         draw_panel(axes, panel, runs)
-    draw_key(panels[-1], runs)
+    draw_key(last_place, runs)
     save(figure, out)
 
 

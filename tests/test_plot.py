@@ -34,7 +34,7 @@ def make_run(folder: Path, num_steps: int, reward: float = 0.5, **settings: obje
 
 
 def titles(runs: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Draw runs and return the titles of the five panels."""
+    """Draw runs and return the titles of the panels."""
     found = []
 
     def save(figure: pyplot.Figure, path: Path) -> None:
@@ -43,7 +43,7 @@ def titles(runs: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
     monkeypatch.setattr(plot, "save", save)
     plot.draw(plot.load_runs(runs), out)
-    return found[:5]
+    return found[: len(plot.PANELS)]
 
 
 def test_titles_state_what_is_seen(tmp_path, monkeypatch):
@@ -55,6 +55,16 @@ def test_titles_state_what_is_seen(tmp_path, monkeypatch):
         "Length stays at 30 tokens",
         "Time per step stays at 2.0 s",
     ]
+
+
+@pytest.mark.parametrize("num_more", [1, 2, 3])
+def test_more_panels_are_all_drawn(tmp_path, monkeypatch, num_more):
+    """A fork adds a metric, and a line to PANELS."""
+    more = [plot.Panel("reward", f"More {n}", "mean reward") for n in range(num_more)]
+    monkeypatch.setattr(plot, "PANELS", (*plot.PANELS, *more))
+    drawn = titles([make_run(tmp_path / "run", 10)], tmp_path / "out.png", monkeypatch)
+    assert len(drawn) == 5 + num_more
+    assert drawn[-1] == f"More {num_more - 1} rises from 0.50 to 0.59"
 
 
 def test_titles_of_several_runs_give_the_range_of_the_ends(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +191,22 @@ def test_the_readmes_task_scores_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert problems.reward("Here it is:\nelppa\n", row) == 1.0
     assert problems.reward("elppa\nor so", row) == 0.0
     assert problems.DATASETS["reverse"].test_set == "reverse"
+
+
+def test_the_readmes_forks_pass_make_lint() -> None:
+    task, loss = python_blocks()
+    problems_text = (ROOT / "apo/problems.py").read_text("utf-8")
+    stage_text = (ROOT / "train_online.py").read_text("utf-8")
+    before_main, after = stage_text.split("def main() -> None:")
+    forks = {
+        "apo/problems.py": f"{problems_text}\n\n{task}",
+        "train_online.py": f"{before_main}{loss}\n\ndef main() -> None:{after}",
+    }
+    for name, text in forks.items():
+        for command in (["check"], ["format", "--check"]):
+            line = [sys.executable, "-m", "ruff", *command, "--stdin-filename", name, "-"]
+            done = subprocess.run(line, input=text, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_readmes_loss_is_that_of_policy_gradient() -> None:
