@@ -77,21 +77,25 @@ EXAMPLES = """examples:
 class Algorithm(NamedTuple):
     """What makes an algorithm out of the loop below.
 
-    `a_star_po` is the one of the paper, and needs only a loss. experiments/baselines.py has others,
-    and shows what each of them needs beside it.
+    `a_star_po` is the one of the paper, and needs only a loss: V* is in MicroBatch.numbers for
+    every algorithm. experiments/baselines.py has others, and shows what each needs beside its loss.
+    Add yours next to `a_star_po`, which baselines.py and the tests use too.
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
-    # statistics by name, (B,) each. The update minimises the mean over all sequences. Statistics
-    # are reported of a step's first update alone: there the policy is still the one that sampled.
+    # statistics by name, (B,) each. The update minimises the mean over all sequences; `token_mean`
+    # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported of a
+    # step's first update alone: there the policy is still the one that sampled.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
-    # MicroBatch.numbers under the same name.
+    # MicroBatch.numbers under the same name. In the list, the responses of a prompt follow each
+    # other, --samples-per-prompt of them.
     credit: Callable[[list[Response]], None] | None = None
     # Is called with the policy and the list of the step's updates, before the first of them moves
     # the weights. It may put what it computes into MicroBatch.extra, and add updates to the list.
     prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
-    # Keep this many consecutive responses in one micro-batch, for a loss that compares them.
+    # Keep this many consecutive responses in one micro-batch, for a loss that compares them. A
+    # method that compares them in `credit`, such as GRPO, leaves it at 1.
     group_size: int = 1
     # Whether each response gets the sampler's log-probs, for a loss that corrects for the sampler:
     # it finds them in MicroBatch.sampler_logp. Otherwise only those of the first update get them.

@@ -443,6 +443,8 @@ def check_method(args: argparse.Namespace) -> None:
     method = METHODS[args.method]
     if method.kl_weight is None and args.kl_weight is not None:
         raise UserError(f"{args.method} has no --kl-weight: use --beta2")
+    if method.kl_weight is not None and args.beta2 != make_parser().get_default("beta2"):
+        raise UserError(f"{args.method} has no --beta2: use --kl-weight")
     if args.kl_weight is None:
         args.kl_weight = method.kl_weight
     elif not 0 <= args.kl_weight < float("inf"):

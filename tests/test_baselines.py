@@ -254,7 +254,7 @@ def make(
 ) -> tuple[Algorithm, int]:
     """Make an algorithm, and say how many responses it has per prompt."""
     samples = baselines.METHODS[method].samples_per_prompt
-    args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, beta2=0.1, resume=False)
+    args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, beta2=0.001, resume=False)
     args.method = method
     args.kl_weight = kl_weight
     args.gae_lambda = gae_lambda
@@ -565,6 +565,7 @@ def test_a_fork_needs_a_loss_and_no_more(group, folder):
         ("running --resume", "running cannot --resume"),
         ("grpo --gae-lambda 0.9", "grpo has no --gae-lambda: that is PPO's"),
         ("running --kl-weight 0.1", "running has no --kl-weight: use --beta2"),
+        ("grpo --beta2 0.1", "grpo has no --beta2: use --kl-weight"),
         ("grpo --kl-weight -1", "--kl-weight -1.0 is not a number of at least 0"),
         ("grpo --kl-weight nan", "--kl-weight nan is not a number of at least 0"),
     ],

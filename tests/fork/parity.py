@@ -1,4 +1,4 @@
-"""A fork's whole course project: another task, another algorithm and one more metric.
+"""A fork's whole course project: another task, and A*-PO with one more metric.
 
     python parity.py offline_value.py FLAGS      stage 1 or 3, with the task registered
     python parity.py train FLAGS                 stage 2, with the task and the algorithm
