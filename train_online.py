@@ -68,7 +68,7 @@ from apo.values import Values, load_values, make_prompts
 EXAMPLES = """examples:
   python train_online.py                                      the published MATH run
   python train_online.py --resume                             go on from the last checkpoint
-  python train_online.py --values values/smoke.json --batch-size 64 --num-steps 4 --out runs/smoke
+  python train_online.py --values values/smoke.json --num-steps 4 --out runs/smoke
 """
 # ---------------------------------------------------------------------------------------------
 # The algorithm

@@ -269,7 +269,7 @@ def draw_comparison(
     panels[1].set_title(title_of(results, "seconds", goal), fontsize=9, loc="left")
     panels[0].set_xlabel("millions of tokens, stage 1 included", fontsize=8.5)
     panels[1].set_xlabel("seconds, stage 1 included", fontsize=8.5)
-    panels[0].set_ylabel("reward of the training responses", fontsize=8.5)
+    panels[0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
     name_lines(panels[1], list(runs_of))
     figure.savefig(out, dpi=200)
     pyplot.close(figure)
@@ -295,11 +295,10 @@ def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: flo
 def title_of(results: list[dict], what: str, goal: str) -> str:
     """Say in a picture's title which methods reached the goal first."""
     best = best_methods(results, f"{what}_to", goal)
-    if not best:
+    if len(best) not in (1, 2):
         return f"Reward by {what}"
-    if len(best) > 1:
-        return f"Fewest {what} to reward {goal}: {len(best)} methods"
-    return f"Fewest {what} to reward {goal}: {label_of(best[0])}"
+    names = " and ".join(label_of(method) for method in best)
+    return f"Fewest {what} to reward {goal}: {names}"
 
 
 def label_of(method: str) -> str:

@@ -96,8 +96,8 @@ def draw_stages() -> None:
         loc="left",
         fontweight="bold",
     )
-    stage1 = "offline_value.py\nstage 1: 8 responses of the\nreference per prompt → V*"
-    stage2 = "train_online.py\nstage 2: one response per\nprompt; fit to r − V*"
+    stage1 = "offline_value.py\nstage 1: V* from 8 responses\nof the reference per prompt"
+    stage2 = "train_online.py\nstage 2: one response per\nprompt; fit to reward − V*"
     stage3 = "evaluate.py\nstage 3: accuracy\non benchmarks"
     draw_box(axes, (1.7, 2.9), stage1, COLOURS[0])
     draw_box(axes, (6.7, 2.9), stage2, COLOURS[1])
@@ -106,10 +106,12 @@ def draw_stages() -> None:
     draw_arrow(axes, (8.4, 2.9), (10.0, 2.9), "runs/…/final")
 
     # The loop of stage 2: the engine samples, the trainer updates.
-    draw_box(axes, (4.5, 0.7), "vLLM engine\nsamples y from π,\nscores it: r", COLOURS[1])
-    draw_box(axes, (8.9, 0.7), "FSDP trainer\nleast squares:\nβ2 ln(π/π_ref) → r − V*", COLOURS[1])
-    draw_arrow(axes, (6.2, 0.85), (7.2, 0.85), "y, r")
-    draw_arrow(axes, (7.2, 0.55), (6.2, 0.55), "new π", above=False)
+    engine = "engine (vLLM): samples\nresponses from the policy,\nscores them"
+    trainer = "trainer (FSDP): fits\nβ2 ln(policy / reference)\nto reward − V*"
+    draw_box(axes, (4.5, 0.7), engine, COLOURS[1])
+    draw_box(axes, (8.9, 0.7), trainer, COLOURS[1])
+    draw_arrow(axes, (6.2, 0.85), (7.2, 0.85), "rewards")
+    draw_arrow(axes, (7.2, 0.55), (6.2, 0.55), "weights", above=False)
     for x in (4.5, 8.9):
         axes.plot([x, 6.7], [1.25, 2.35], color="#bbbbbb", lw=1, ls="--")
     axes.text(6.7, 1.5, "in every step", ha="center", fontsize=8, color="#666666")

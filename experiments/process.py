@@ -11,7 +11,7 @@ Command:  python -m experiments.process --values toy/values.json --lr 1e-4 --bat
 Time:     on one core two to three times as long a step as train_online.py
 Output:   a run folder like that of train_online.py. The metric ref_tokens is the number of tokens
           that were sampled from the reference for each response.
-Answer:   see docs/findings.md
+Answer:   not known: the comparison was not run
 
 A step is a line of the response; on the toy it is one column of the sum. After h of H lines, the
 value of the beginning y_1..h is, for rewards r_t of each line,
