@@ -196,7 +196,7 @@ def grade_file(path: Path) -> dict:
             raise UserError(f'{where} has no "answer": {row!r:.60}')
         # Only these columns count; others, ours or not, play no part.
         record = {"output": row["output"], "_task": "math"}
-        record["answer"] = problems.without_decimal(row["answer"])
+        record["answer"] = row["answer"]
         record["id"] = row.get("id")
         record["finished"] = row.get("finished", True)
         record["tokens"] = row.get("tokens", 0)
@@ -208,7 +208,7 @@ def grade_file(path: Path) -> dict:
             raise UserError(f'{where}: "finished" is neither true nor false')
         if type(record["tokens"]) not in (int, float):
             raise UserError(f'{where}: "tokens" is not a number')
-        records.append(record)
+        records.append(problems.as_json(record, where))
     if not records:
         raise UserError(f"{path} has no rows")
     # Rows that cannot be graded are named. They stay in the score, as wrong.
@@ -245,8 +245,8 @@ def settings_of_run(model: str) -> dict:
         if not path.exists():
             continue
         config = files.read_json(path)
-        if "model_type" in config:
-            continue  # a model's own config.json
+        if "values_digest" not in config:
+            continue  # not of a run: a model's own config.json, or some other program's
         check_settings(config, str(path))
         max_tokens = config.get("max_tokens", 1)
         if type(max_tokens) is not int or max_tokens < 1:
@@ -341,6 +341,9 @@ def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, B
             raise UserError(
                 f"two benchmarks are called {short_name}: score them apart, each with its own --out"
             )
+        results = Path(args.out, f"{short_name}.jsonl")
+        if results.resolve() == Path(name).resolve():
+            raise UserError(f"the results of {name} would replace it: give another --out")
         name_of[short_name] = name
         rows_of[short_name] = problems.load_problems(name, "test")[: args.limit or None]
 
@@ -481,7 +484,8 @@ def sample_missing(
     # What an earlier run has scored is not sampled again.
     done = engine.on_rank_0(read_summary, out, header, benchmarks)
     if torch.distributed.get_rank() == 0:
-        for name in done:  # left there if a kill came just before their removal
+        # Left there if a kill came just before their removal.
+        for name in benchmarks.keys() & done.keys():
             engine.remove_partial(out / f"{name}.jsonl")
     missing = [name for name in benchmarks if name not in done]
     if not missing:

@@ -492,6 +492,8 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
         for sentence in data.ungradable:
             print(f"--eval-dataset, counted as wrong: {sentence}")
 
+    if args.tracker:
+        engine.on_rank_0(log.start_tracker, args.tracker, config)
     header = data.values.header
     longest = header["max_prompt_tokens"] + header["max_tokens"]
     reference = files.model_folder(header["model"])
@@ -526,8 +528,6 @@ def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
     if progress.checkpoint is None:  # the engine has the reference's weights
         engine.on_rank_0(self_check.check_model, reference, responses)
 
-    if dist.get_rank() == 0 and args.tracker:
-        log.start_tracker(args.tracker, config)
     return Run(
         log=log,
         llm=llm,

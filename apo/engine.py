@@ -5,12 +5,12 @@ The engine runs inside the process that trains, so that new weights reach it wit
 divide the requests among themselves.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -216,6 +216,12 @@ def start_engine(
     except ValidationError as error:  # by vLLM's check of the model's config
         reason = " ".join(error.errors()[0]["msg"].split())
         raise UserError(f"vLLM does not take {model}: {reason:.300}") from error
+    except ValueError as error:
+        # vLLM has no type of its own for too little memory. It names it, and what would help.
+        if "memory" not in str(error) and "KV cache" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"vLLM has too little memory for {model}: {reason:.400}") from error
 
 
 def vocabulary_size(llm: Any) -> int:
@@ -490,7 +496,9 @@ def sample_all(
     requests = missing_requests(prompts, counts, done, seed)
 
     share = share_of_requests(llm, len(requests))
-    first = set(share[:NUM_FIRST]) if must_finish else set()
+    # Not in a continued run: what a kill left missing are mostly long responses.
+    watch_first = must_finish and not done
+    first = set(share[:NUM_FIRST]) if watch_first else set()
     ends_of_first = []
     waiting = deque()
     new_records = []
@@ -599,9 +607,10 @@ def remove_partial(out: Path) -> None:
     """Remove the records of a run whose result is saved, if there are any."""
     folder = partial_folder(out)
     # identity.json goes last: a kill in between must not leave records without their identity.
-    for path in folder.glob("*.jsonl"):
+    for path in [*folder.glob("*.jsonl"), folder / "identity.json"]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not there, or has what is not ours
+        folder.rmdir()
 
 
 def on_rank_0(function: Callable, *arguments: Any) -> Any:

@@ -5,11 +5,13 @@ old file or the new one. Settings of an earlier run are compared by value, and t
 differ are named.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +34,8 @@ MODEL_FILES = (
 SECOND_COPY = "consolidated*"  # Mistral's own format, beside the same weights in safetensors
 # Names under which a config.json has the largest number of tokens that a model can read.
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+# What a file system says to a flush of a folder, or to a lock, that it does not have at all.
+CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 LONGEST_NAME = 255  # bytes of a file's name, on nearly all file systems
 BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint
 NUM_BLOCKS = 16  # places per weight file
@@ -126,6 +130,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
     finally:
         os.close(descriptor)
 
@@ -145,6 +152,13 @@ def open_locked(path: Path) -> TextIO:
         raise UserError(
             f"{path} is in use by another run: wait until that has ended, or give another --out"
         ) from error
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        print(
+            f"{path} cannot be locked on this file system: no other run may use it now",
+            file=sys.stderr,
+        )
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         file.truncate(content.rfind(b"\n") + 1)
@@ -161,6 +175,13 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
         # write_text adds some letters to a name until the file is whole.
         if len(os.fsencode(f".{part}.unfinished")) > LONGEST_NAME:
             raise UserError(f"--out cannot be written: the name {part:.40}... is too long")
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            target = os.readlink(place)
+            raise UserError(f"--out cannot be written: {place} is a link to {target}, not there")
+    for parent in path.parents:
+        if parent.name.endswith(".partial"):
+            raise UserError(f"--out {out} lies in {parent}, which stages 1 and 3 remove")
     if not is_folder and os.path.isdir(path):
         raise UserError(f"--out {out} is a folder: give the name of a file")
     folder = path if is_folder else path.parent
@@ -250,7 +271,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 def content_digest(content: Any) -> str:
     """Return a short hash of anything that JSON can hold, to compare what is too long to keep."""
-    text = json.dumps(content, sort_keys=True, default=str)
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-r"""Comparing two expressions by algebra: are they equal at three points?
+r"""Comparing two expressions by algebra: are they equal at some points?
 
     by_algebra("(x+1)^2", "x^2+2x+1")  ->  True
     by_algebra("2^{2008}-2", "2^{2008}")  ->  False: values that are close are not equal
@@ -16,24 +16,32 @@ import zlib
 from fractions import Fraction
 from typing import Any
 
-from apo.math_equality import FUNCTIONS, is_close, number
+from apo.math_equality import FUNCTIONS, is_close, number, symbols
 from apo.math_spelling import split
 from apo.math_units import TRIGONOMETRY
 
-# The points at which two expressions are compared.
-POINTS = ("positive", "negative", "small")
+# The points at which two expressions are compared, by the scale of their coordinates. Those of the
+# last one lie between -1 and 1.
+POINTS = ("1", "-1", "small")
+# More points for what may have a kink far from 0, as |x-10| has, or jumps, as \lfloor n/2\rfloor.
+# At whole numbers alone, \lceil n/2\rceil differs from \lfloor n/2\rfloor+1.
+KINKS = re.compile(r"\\(lfloor|lceil|max|min|gcd|sqrt)|\|")
+FAR_POINTS = ("9", "-9", "80", "-80", "2000", "-2000", *(f"whole {n}" for n in range(1, 9)))
 
 
 def by_algebra(gold: str, pred: str) -> bool:
-    """Compare two values, or two equations up to a factor, at three points."""
+    """Compare two values, or two equations up to a factor, at POINTS."""
     golds = []
     preds = []
-    for point in POINTS:
+    points = POINTS
+    if KINKS.search(gold + pred) and symbols(gold):
+        points += FAR_POINTS
+    for point in points:
         golds.append(evaluate(gold, point))
         preds.append(evaluate(pred, point))
     if None in golds + preds:
         return False
-    if "=" in gold:
+    if len(split(gold, "=")) > 1:
         return are_multiples(golds, preds)
     if are_close_numbers(gold, pred, golds[0], preds[0]):
         return True
@@ -67,20 +75,40 @@ def are_equal(golds: list[Any], preds: list[Any]) -> bool:
 
 
 def is_equal(a: Any, b: Any) -> bool:
-    """Compare rational numbers exactly, others to 50 digits more than the numbers in them have."""
+    """Compare rational numbers exactly, others to 50 digits more than `size` counts."""
     from sympy import Rational
 
     if a.is_Rational and b.is_Rational:
         return a == b
-    bits = 0
-    for part in (a + b).atoms(Rational):
-        bits += int(part.p * part.q).bit_length()
-    digits = min(100 + bits // 3, 20_000)
+    digits = min(100 + max(size(a), size(b)), 20_000)
     a = a.evalf(digits)
     b = b.evalf(digits)
     if not a.is_finite or not b.is_finite:
         return False
     return bool(abs(a - b) <= abs(a) / Rational(10) ** (digits - 50))
+
+
+def size(value: Any) -> int:
+    """Count the digits of all numbers, powers and functions in a value, those behind the point too.
+
+    Two terms can differ by so many digits: 1-e^{-200} is very close to 1, but is not 1.
+    """
+    from sympy import Function, Pow, Rational
+
+    bits = 0
+    for part in value.atoms(Rational):
+        bits += int(part.p * part.q).bit_length()
+    for part in value.atoms(Pow, Function):
+        near = abs(part.evalf(5))
+        if near.is_Float and near > 0:
+            bits += 2 * abs(near._mpf_[2] + near._mpf_[3])  # the exponent of its first bit
+    # \tanh 200 is 1 to more than 170 digits.
+    for part in value.atoms(Function):
+        for argument in part.args:
+            near = abs(argument.evalf(5))
+            if near.is_Float:
+                bits += 6 * int(min(near, 10_000))
+    return min(bits // 3, 20_000)
 
 
 def evaluate(text: str, point: str) -> Any:
@@ -107,12 +135,13 @@ def coordinate(symbol: str, point: str) -> Any:
     """
     from sympy import Rational
 
-    place = Rational(1 + zlib.crc32(f"{symbol} {point}".encode()) % 9973, 1994)  # from 0 to 5
-    if point == "positive":
-        return place
-    if point == "negative":
-        return -place
-    return place * 2 / 5 - 1  # from -1 to 1
+    drawn = 1 + zlib.crc32(f"{symbol} {point}".encode()) % 9973
+    if point.startswith("whole"):
+        return Rational(1 + drawn % 60)
+    place = Rational(drawn, 1994)  # from 0 to 5
+    if point == "small":
+        return place * 2 / 5 - 1  # from -1 to 1
+    return place * int(point)
 
 
 @functools.lru_cache(10_000)

@@ -155,7 +155,12 @@ def is_name(text: str) -> bool:
 
 
 def says_what(left_side: str) -> bool:
-    """Say whether a left side only says what has the value: x, a_{10}, f(2), x+y; but not 2x."""
+    """Say whether a left side only says what has the value: x, a_{10}, f(2), x+y, \\sin A; not 2x.
+
+    A left side that denies it says something else: \\text{The answer is not }x.
+    """
+    if re.search(r"!|\\l?not|\\neg|\bnot\b", left_side):
+        return False
     without_indices = re.sub(r"_\{?\w+\}?|(?<=\w)\([-\d,]+\)", "", left_side)
     has_letter = re.search("[a-zA-Z]", without_indices)
     has_number = re.search(r"\d|^-", without_indices)
@@ -245,8 +250,10 @@ def is_text(text: str) -> bool:
     has_other_sign = re.search(r"""[:#∞%≡≠<>≤≥~$"]""", text)
     # 1 2, the point A1, and ABCD alone or at one side of an equation.
     has_other_name = re.search(r"\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
+    # sympy takes the greatest common divisor of two symbols for 1.
+    has_symbolic_gcd = re.search(r"\\gcd *\(?[^()]*[a-zA-Z]", text)
     is_known = commands <= FUNCTIONS | SYMBOLS
-    if not text or not is_known or has_other_sign or has_other_name:
+    if not text or not is_known or has_other_sign or has_other_name or has_symbolic_gcd:
         return True
     return is_too_large(text)
 

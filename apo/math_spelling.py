@@ -86,6 +86,9 @@ def spell(text: str) -> str:
 def rename(text: str) -> str:
     """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
     text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
+    text = re.sub(r"\\not *=|!=", "≠", text)
+    text = re.sub(r"\\not *\\", r"\\not", text)  # \not\in is \notin
+    text = text.replace(">=", "≥").replace("<=", "≤")
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
@@ -222,7 +225,9 @@ def read_set(text: str) -> str:
         return "(-∞,∞)"
     if text == "{}":
         return r"\emptyset"
-    return re.sub(r"^(?:\([^()]*\)|[^=,]*)=(\{.*\})$", r"\1", text)
+    # Only a name has the set as its values: x=\{1,2\}, but not 2x=\{1,2\}.
+    name = r"\([^()]*\)|\\?[a-zA-Z]+'*(?:_\{?\w+\}?)?|\\text\{[^{}]*\}"
+    return re.sub(rf"^(?:{name})=(\{{.*\}})$", r"\1", text)
 
 
 # Brackets and lists -------------------------------------------------------------------------------
@@ -259,6 +264,8 @@ def without_brackets(text: str) -> str:
         inner = text[1:-1]
         if text[0] == "(" and len(split(inner, ",")) > 1:
             break
+        if inner == r"\emptyset":  # the set that holds the empty set
+            break
         text = inner
     return text
 
@@ -266,7 +273,7 @@ def without_brackets(text: str) -> str:
 def split_list(text: str) -> list[str]:
     """Split a list, a set or a union: 1,2 and {1,2} and 1\\pm2 have two items each."""
     text = without_brackets(text)
-    text = re.sub(r"^[a-z](=[^:|]*)?[:|](?=.*[<>≤≥])", "", text)  # {x|x>0} is x>0
+    text = re.sub(r"^[a-z](=\\mathbb\{R\})?[:|](?=.*[<>≤≥])", "", text)  # {x|x>0} is x>0
     items = []
     for part in split(text, ","):
         items += both_signs(part)
@@ -277,11 +284,12 @@ def split_list(text: str) -> list[str]:
 
 
 def both_signs(text: str) -> list[str]:
-    """Return 1+2 and 1-2 for 1\\pm2, and 2 and -2 for \\pm2."""
-    if r"\pm" not in text:
+    """Return 1+2 and 1-2 for 1\\pm2, and 2 and -2 for \\pm2; each \\pm has its own sign."""
+    before, sign, after = text.partition(r"\pm")
+    if not sign or text.count(sign) > 4:
         return [text]
-    plus = re.sub(r"(^|=)\\pm", r"\1", text)
-    return [plus.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
+    plus = "" if before.endswith(("=", "(", ",", "[")) or not before else "+"
+    return both_signs(f"{before}{plus}{after}") + both_signs(f"{before}-{after}")
 
 
 def gives_values(items: list[str]) -> bool:
@@ -301,9 +309,11 @@ MIRRORED = {">": "<", "≥": "≤"}
 def read_inequality(text: str) -> str:
     """Return 2<x as (2,∞), 3≥x>1 as (1,3] and |x|<1 as (-(1),1); b>a becomes a<b."""
     parts = re.split("([<>≤≥])", text)  # 3, ≥, x, > and 1
-    if len(parts) == 1:
+    upwards = {"<", "≤"} & set(parts)
+    downwards = {">", "≥"} & set(parts)
+    if len(parts) == 1 or (upwards and downwards):  # 1<x>2 is no interval
         return text
-    if "<" not in parts and "≤" not in parts:
+    if downwards:
         parts = [MIRRORED.get(part, part) for part in reversed(parts)]
     bounds = add_bounds(parts)
     # Between two variables, a<b, it stays an inequality.

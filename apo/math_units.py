@@ -28,10 +28,14 @@ NO_UNIT_WORDS = """
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth
     millionth billionth trillionth square squared cubed factorial power exponent base root inverse
     reciprocal negative plus minus times over mod modulo choose pi percent double doubled triple
-    tripled halved twice repeating recurring to or and not is if but only else more less least most
-    than about approx approximately roughly nearly maybe below above
+    tripled halved twice eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth
+    eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth
+    ninetieth gross couple kilo mega giga milli micro repeating recurring to or and not is if but
+    only else more less least most than about approx approximately roughly nearly maybe below above
 """
 NO_UNIT = set(NO_UNIT_WORDS.split())
+# Units of two letters that are hardly a product, other than mg, ml, ft or hr.
+CLEAR_UNITS = ("cm", "mm", "km", "kg", "lb", "oz")
 # A unit at the end of a text.
 UNIT = re.compile(
     r"""(?:
@@ -58,21 +62,37 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     names = []
     for name in unit_words(found[0]):
-        singular = name.removesuffix("s")
+        singular = name.removesuffix("s") if len(name) > 2 else name  # ms is not the plural of m
         known = UNITS.get(name) or UNITS.get(singular)
         if known is None and (name in NO_UNIT or singular in NO_UNIT):
             return text, ""
         names.append(known or singular)
+    value = text[: found.start()]
     # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.
     is_bare = found[0].strip()[:1].isalpha()
     is_plural = re.match(r" *[a-z]{3,}s\b", found[0])
-    if is_bare and not is_plural and names[0] not in UNITS.values():
+    if is_bare and not is_plural and not is_clear(value, found[0], names[0]):
         return text, ""
-    return text[: found.start()], "".join(names)
+    if found[0].startswith("'") and not re.fullmatch(r"-?[\d./]+", value):  # x_1' is a name
+        return text, ""
+    return value[: found.start()], "".join(names)
+
+
+def is_clear(value: str, written: str, name: str) -> bool:
+    """Say whether letters behind a value are a unit: 5 ft and 5cm, but 2mg and 2\\pi ft may be not.
+
+    `written` has a space in front, if there is one; `name` is its first unit.
+    """
+    if name not in UNITS.values():
+        return False
+    letters = re.match(r" *([a-zA-Z]*)", written)[1].lower()
+    is_spaced = written.startswith(" ") and re.fullmatch(r"-?[\d.:]+", value)
+    return bool(is_spaced) or len(letters) > 2 or letters in CLEAR_UNITS
 
 
 def unit_words(unit: str) -> list[str]:
     """Return the words and powers of a unit: ft 2 for \\text{sq.ft}, and m / s for m s^{-1}."""
+    unit = re.sub(r"\bM(?=([A-Z]|Hz|Pa)\b)", "mega", unit)  # MW is not mW
     unit = re.sub(r"(\w\w)\.", r"\1 ", unit.lower())  # sq.ft
     unit = re.sub(r"\\text|\\cdot|\.", "", unit)
     unit = unit.replace("''", "in").replace("'", "ft")

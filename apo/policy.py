@@ -463,7 +463,7 @@ def save_checkpoint(
         copy_model_files(reference, unfinished, dtype)
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         write_manifest(unfinished, step)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         os.replace(unfinished, folder)
         files.sync_folder(folder.parent)
     dist.barrier()
@@ -495,15 +495,22 @@ def saved_step(folder: Path) -> int | None:
     """Return the step at which a folder was saved; None if it is missing or damaged.
 
     Damaged means that a file is missing, has another size than at saving, or that the manifest
-    itself cannot be read. A changed byte inside a file is not seen.
+    is not one. A changed byte inside a file is not seen. Raises UserError if the disk does not
+    answer, or if the folder is a link to nothing: then it may be whole, and only out of reach.
     """
     try:
-        manifest = files.read_json(folder / "manifest.json")
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there")
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         for name, size in manifest["files"].items():
             if (folder / name).stat().st_size != size:
                 return None
         return int(manifest["step"])
-    except (UserError, OSError, KeyError, ValueError, AttributeError, TypeError, OverflowError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error}") from error
+    except (KeyError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -530,10 +537,15 @@ def find_checkpoint(folder: Path) -> Path | None:
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what a kill left unfinished."""
     for path in [*list_checkpoints(folder)[keep:], *folder.glob(".*.unfinished")]:
-        if path.is_symlink():  # a user has moved the checkpoint to another disk
-            path.unlink()
-        else:
-            shutil.rmtree(path)
+        remove_folder(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there; of one that a user has moved to another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -15,9 +15,12 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import date, time, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from apo import files, math_reward
 from apo.files import UserError
@@ -163,6 +166,8 @@ DATASETS = {
 }
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
+# What tables and the hub may hold, JSON has no form for, and a text says in full.
+WRITTEN_AS_TEXT = (Decimal, Fraction, date, time, timedelta, UUID, bytes)
 
 
 def find_task(name: str) -> str:
@@ -201,13 +206,20 @@ def load_problems(name: str, serves: str | None = None) -> list[dict]:
     if is_file(name):
         sources = read_rows(Path(name))
         check_columns(sources, name)
-        rows = [make_row(row, "math", question_column, answer_column) for row in sources]
+        task = "math"
+        question = question_column
+        answer = answer_column
         default_id = Path(name).stem
     else:
         dataset = find_dataset(name, serves)
         sources = read_split(dataset, name, serves)
-        rows = [make_row(row, name, dataset.question, dataset.answer) for row in sources]
+        task = name
+        question = dataset.question
+        answer = dataset.answer
         default_id = name
+    rows = []
+    for number, source in enumerate(sources, start=1):
+        rows.append(make_row(source, task, question, answer, f"{name}, row {number}"))
     if not rows:
         raise UserError(f"{name} has no rows")
 
@@ -292,20 +304,49 @@ def check_columns(rows: list, name: str) -> None:
 
 
 def make_row(
-    source: dict, task: str, question: Callable[[dict], str], answer: Callable[[dict], Any]
+    source: dict,
+    task: str,
+    question: Callable[[dict], str],
+    answer: Callable[[dict], Any],
+    where: str,
 ) -> dict:
-    """Add to a source's row what all stages need; its other columns stay."""
+    """Add to a source's row what all stages need; its other columns stay.
+
+    Raises UserError if a column is missing or the question is not text. Any other error of the
+    task's own functions keeps its traceback. `where` names the row in both.
+    """
     row = dict(source)
-    row["question"] = clean_text(question(source))
-    row["answer"] = answer(source)
-    row["answer"] = without_decimal(row["answer"])
+    try:
+        row["question"] = question(source)
+        row["answer"] = answer(source)
+    except KeyError as error:
+        raise UserError(f"{where} has no column {error}: {source!r:.60}") from error
+    except Exception as error:
+        raise RuntimeError(f"{where}: its question or answer cannot be read") from error
+    if not isinstance(row["question"], str):
+        raise UserError(f"{where}: its question is not text: {row['question']!r:.60}")
+    row["question"] = clean_text(row["question"])
     row["_task"] = task
-    return row
+    return as_json(row, where)
 
 
-def without_decimal(answer: Any) -> Any:
-    """Write an exact decimal, which tables in parquet may hold, as text; leave all else alone."""
-    return str(answer) if isinstance(answer, Decimal) else answer
+def as_json(row: dict, where: str) -> dict:
+    """Return a row as it comes back from a JSON file.
+
+    Stage 2 reads its rows from one, and every stage must show the reward the same: a list for a
+    tuple, and text for an exact decimal or a date. Raises UserError for what cannot be written,
+    such as a set or a picture.
+    """
+
+    def write(value: Any) -> str:
+        if isinstance(value, WRITTEN_AS_TEXT):
+            return str(value)
+        raise TypeError(f"no JSON for {type(value).__name__} {value!r:.60}")
+
+    try:
+        return json.loads(json.dumps(row, default=write))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be written to a file: {error}") from error
 
 
 def clean_text(text: str) -> str:

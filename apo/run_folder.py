@@ -49,11 +49,15 @@ class Progress(NamedTuple):
 def open_run(config: dict, log: "RunLog") -> Progress:
     """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
-    Raises UserError if another process has it, if it is a run with other settings, or if training
-    would have to start again although there is a finished model.
+    Raises UserError if another process has it, if it is a run with other settings or no run at all,
+    or if training would have to start again although there is a finished model.
     """
     out = Path(config["out"])
-    log.open()  # first: from here on no other process can take the folder
+    if not (out / "config.json").exists():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (out / name).exists() and (out / name).stat().st_size > 0:
+                raise UserError(f"{out} has lost its config.json, or is no run: give another --out")
+    log.open()  # from here on no other process can take the folder
     final_step = saved_step(out / "final")
     had_checkpoints = bool(list_checkpoints(out / "checkpoints"))
     if (out / "config.json").exists():
@@ -110,9 +114,16 @@ class RunLog:
             file.truncate(num_bytes)
 
     def start_tracker(self, name: str, config: dict) -> None:
-        """Send the metrics to wandb or trackio as well; the two have the same functions."""
+        """Send the metrics to wandb or trackio as well; the two have the same functions.
+
+        Raises UserError if it does not start, for example without a login.
+        """
         self.tracker = importlib.import_module(name)
-        self.tracker.init(project="a-star-po", name=self.out.name, config=config)
+        try:
+            self.tracker.init(project="a-star-po", name=self.out.name, config=config)
+        except Exception as error:  # each has its own types, and those of the network
+            reason = " ".join(str(error).split())
+            raise UserError(f"--tracker {name} does not start: {reason:.300}") from error
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write one step's metrics: to the file, to the tracker, and in short to the terminal."""

@@ -269,14 +269,24 @@ def packed_logprobs(lm: torch.nn.Module, responses: list[Response]) -> Tensor:
         lm.set_attn_implementation("packed")
         return Policy(lm)(temperature=1.0, **inputs)
     except Exception as error:  # an architecture that is made in another way fails in many ways
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent in OUR_CODE:
-            raise  # a mistake in this repository keeps its traceback
+        if is_our_mistake(error):
+            raise
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
         raise UserError(
             f"{lm.config.model_type} is not supported: its layers cannot run packed sequences "
             f"({reason:.200})"
         ) from error
+
+
+def is_our_mistake(error: Exception) -> bool:
+    """Say whether this repository, and not the model's own layers, called what failed."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.parent in OUR_CODE:
+            return True
+        if "transformers" in path.parts:
+            return False
+    return False
 
 
 def sampler_logprobs(responses: list[Response]) -> Tensor:

@@ -21,7 +21,7 @@ from conftest import ROOT, make_tokenizer, read_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo import engine, problems
+from apo import engine, files, problems
 from apo.engine import Request, Response
 from apo.files import UserError
 from apo.problems import Prompt
@@ -195,6 +195,20 @@ def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> N
         engine.sample_all(
             llm, prompts, counts, tmp_path / "values", {}, 0, 1.0, 2, must_finish=True
         )
+
+
+def test_a_continued_run_is_not_judged_by_its_long_responses(llm: Any, tmp_path: Path) -> None:
+    """What a kill leaves missing are mostly the longest ones, and the seeds stay the same."""
+    prompts = make_prompts(5)
+    counts = [engine.NUM_FIRST // 5 + 1] * 5
+    record = dict.fromkeys(engine.RECORD_FIELDS, 0)
+    record |= {"id": prompts[0].row["id"], "prompt": prompts[0].text, "finished": True}
+    files.write_json(tmp_path / "values.partial" / "identity.json", {"seed": 0})
+    (tmp_path / "values.partial" / "0.jsonl").write_text(json.dumps(record) + "\n")
+    records = engine.sample_all(
+        llm, prompts, counts, tmp_path / "values", {"seed": 0}, 0, 1.0, 2, must_finish=True
+    )
+    assert [r["finished"] for r in records] == [True] + [False] * (engine.NUM_FIRST + 4)
 
 
 def test_an_old_python_is_told() -> None:

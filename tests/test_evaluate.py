@@ -285,6 +285,19 @@ def test_the_settings_of_a_run_are_found_beside_its_models(
     assert evaluate.settings_of_run(str(trained_run / "final")) == {}
 
 
+def test_another_programs_config_is_no_runs(trained_run: Path) -> None:
+    files.write_json(trained_run / "config.json", {"max_tokens": 7, "system_prompt": "Be brief."})
+    assert evaluate.settings_of_run(str(trained_run / "final")) == {}
+
+
+def test_results_do_not_replace_the_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    args = parse("--benchmarks", str(file), "--out", str(tmp_path / "."))
+    with pytest.raises(UserError, match="would replace it"):
+        evaluate.load_benchmarks(args, {})
+
+
 def parse(*flags: str) -> object:
     return evaluate.make_parser().parse_args(flags)
 

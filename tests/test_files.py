@@ -1,5 +1,7 @@
 """Files are read with clear errors and written whole or not at all; models are told apart."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -81,6 +83,38 @@ def test_a_locked_file_belongs_to_one_run(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As Lustre may be mounted on a cluster."""
+
+    def flock(*arguments: object) -> None:
+        raise OSError(number, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.open_locked(tmp_path / "metrics.jsonl") as file:
+        file.write("{}\n")
+    assert "cannot be locked" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_only_a_flush_that_a_file_system_does_not_have_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(error: int) -> Callable[[int], None]:
+        def fail(descriptor: int) -> None:
+            raise OSError(error, "fsync")
+
+        return fail
+
+    monkeypatch.setattr(os, "fsync", fsync(errno.EINVAL))
+    files.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync(errno.EIO))
+    with pytest.raises(OSError, match="fsync"):
+        files.sync_folder(tmp_path)
+
+
 def test_a_run_whose_output_was_closed_leaves_its_file(tmp_path: Path) -> None:
     """As in `python train_online.py | head`: the run ends, and the next one can have the folder."""
     path = tmp_path / "metrics.jsonl"
@@ -114,6 +148,12 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
     for name in ("v" * 250, "v" * 300, "\N{GREEK SMALL LETTER BETA}" * 125):
         with pytest.raises(UserError, match="too long"):
             files.check_writable(tmp_path / name)
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    for name in ("gone", "gone/values.json"):
+        with pytest.raises(UserError, match=r"is a link to .*unmounted, not there"):
+            files.check_writable(tmp_path / name)
+    with pytest.raises(UserError, match="which stages 1 and 3 remove"):
+        files.check_writable(tmp_path / "values.json.partial" / "values.json")
     # The longest name can be written, while the file is unfinished, too.
     longest = "v" * (255 - len("..unfinished"))
     files.check_writable(tmp_path / longest)
@@ -141,9 +181,11 @@ def test_of_two_fingerprints_only_the_files_that_differ_are_named() -> None:
 
 
 def test_a_digest_is_of_the_content_alone() -> None:
-    content = {"a": [1, 0.5, "ü", None], "b": Path("x")}
+    content = {"a": [1, 0.5, "ü", None], "b": "x"}
     assert files.content_digest(content) == files.content_digest(dict(reversed(content.items())))
     assert files.content_digest(content) != files.content_digest(content | {"a": [1, 0.5, "u"]})
+    with pytest.raises(TypeError):  # its text is another one in every process
+        files.content_digest({"a": {"x", "y"}})
 
 
 # ---------------------------------------------------------------------------------------------

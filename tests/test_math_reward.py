@@ -49,6 +49,7 @@ PAIRS = load_pairs()
 KNOWN_MISSES = {
     ("1 and odd prime numbers", "1 \\text{ and all odd prime numbers}"): "sentences are text",
     ("[3,5]", "x\\ge 3\\text{ and }x\\le 5"): "'and' and 'or' both separate the items of a list",
+    ("\\gcd(m,n)", "\\gcd(n,m)"): "sympy takes the greatest common divisor of symbols for 1",
 }
 
 

@@ -690,6 +690,17 @@ def test_a_damaged_checkpoint_is_put_aside(
     assert policy.find_checkpoint(checkpoints) is None
 
 
+def test_a_model_that_was_moved_to_another_disk_is_saved_again(
+    one_machine: None, reference: Path, tmp_path: Path
+) -> None:
+    loaded, _ = load(reference)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "final").symlink_to(tmp_path / "disk")
+    policy.save_checkpoint(tmp_path / "final", 3, loaded, None, reference)
+    assert policy.saved_step(tmp_path / "final") == 3
+    assert not (tmp_path / "final").is_symlink() and names(tmp_path / "disk") == set()
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(
     one_machine: None, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from datetime import date
 from decimal import Decimal
+from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -355,6 +358,62 @@ def test_long_prompts_keep_their_end_and_are_counted() -> None:
     assert [len(prompt.ids) for prompt in prompts[1:]] == [3, 4]
     with pytest.raises(UserError, match="2 of 3"):
         problems.cut_prompts(prompts, 3, tokenizer)
+
+
+def make_task(monkeypatch: pytest.MonkeyPatch, folder: Path, **functions: object) -> None:
+    (folder / "mine-train.jsonl").write_text('{"word": "ab", "n": 3}\n')
+    entry = Dataset(
+        source=f"{folder}/mine-{{split}}.jsonl",
+        splits={"train": "train"},
+        **{"question": itemgetter("word"), "answer": itemgetter("n")} | functions,
+    )
+    monkeypatch.setitem(problems.DATASETS, "mine", entry)
+
+
+def test_rows_are_the_same_before_and_after_a_values_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 reads its rows from a values file, and the reward must not see other types there."""
+    answers = {"a": (1, 2), "b": Fraction(1, 3), "c": [date(2026, 1, 2)], "d": {1: b"x"}}
+    make_task(monkeypatch, tmp_path, answer=lambda row: answers)
+    [row] = problems.load_problems("mine", "train")
+    assert row["answer"] == {"a": [1, 2], "b": "1/3", "c": ["2026-01-02"], "d": {"1": "b'x'"}}
+    assert row == json.loads(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("functions", "says"),
+    [
+        ({"answer": lambda row: {1, 2}}, r"mine, row 1 cannot be written.* no JSON for set"),
+        ({"answer": lambda row: [object()]}, r"mine, row 1 cannot be written.* object"),
+        ({"answer": itemgetter("m")}, r"mine, row 1 has no column 'm'"),
+        ({"question": itemgetter("n")}, r"mine, row 1: its question is not text: 3"),
+    ],
+)
+def test_rows_that_do_not_fit_their_task_are_named(
+    functions: dict, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_task(monkeypatch, tmp_path, **functions)
+    with pytest.raises(UserError, match=says):
+        problems.load_problems("mine", "train")
+
+
+def test_a_fault_in_a_tasks_own_function_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_task(monkeypatch, tmp_path, answer=lambda row: row["n"].lower())
+    with pytest.raises(RuntimeError, match="mine, row 1") as caught:
+        problems.load_problems("mine", "train")
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_missing_file_of_a_task_is_told_with_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_task(monkeypatch, tmp_path)
+    (tmp_path / "mine-train.jsonl").unlink()
+    with pytest.raises(UserError, match=f"there is no {tmp_path}/mine-train.jsonl"):
+        problems.load_problems("mine", "train")
 
 
 def test_exact_decimals_of_a_table_are_answers(tmp_path: Path) -> None:

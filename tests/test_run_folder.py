@@ -1,7 +1,10 @@
 """Where a run continues, and what it refuses, from folders written by hand."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,8 +34,9 @@ def resume(out: Path, num_steps: int = 8, **changes: object) -> Progress:
     try:
         return open_run(config, log)
     finally:
-        log.metrics_file.close()
-        log.samples_file.close()
+        for name in ("metrics_file", "samples_file"):
+            if hasattr(log, name):  # it was opened
+                getattr(log, name).close()
 
 
 def steps(out: Path) -> list[object]:
@@ -89,6 +93,52 @@ def test_models_without_their_settings_are_refused(kept: str, out: Path) -> None
     with pytest.raises(UserError, match=r"has lost its config\.json"):
         resume(out, lr=0.2)
     assert steps(out) == [1, 2, 3, 4]
+
+
+def test_a_folder_that_is_no_run_keeps_what_it_has(out: Path) -> None:
+    """Another program may have logs of these names, and its last line no end."""
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"loss": 1}\n{"loss": 2}')
+    with pytest.raises(UserError, match="or is no run"):
+        resume(out)
+    assert (out / "metrics.jsonl").read_text() == '{"loss": 1}\n{"loss": 2}'
+
+
+def test_checkpoints_out_of_reach_are_not_damaged(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is not mounted comes back, and the logs must still be there then."""
+    moved = out.with_name("moved")
+    for name in ("checkpoints/step-4", "final"):
+        (out / name).rename(moved)
+        (out / name).symlink_to(moved)
+        assert resume(out).step == 4
+        moved.rename(out.with_name("away"))
+        with pytest.raises(UserError, match=r"is a link to .*moved, which is not there"):
+            resume(out)
+        (out / name).unlink()
+        out.with_name("away").rename(out / name)
+
+    def stale(path: Path, *arguments: object, **options: object) -> str:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Stale file handle"):
+        patch.setattr(Path, "read_text", stale)
+        policy.saved_step(out / "checkpoints" / "step-4")
+    assert steps(out) == [1, 2, 3, 4]
+    assert resume(out).step == 4
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: object) -> None:
+        raise ConnectionError("no login:\n run wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match="--tracker wandb does not start: no login: run wandb"):
+        RunLog(out, 1).start_tracker("wandb", {})
 
 
 def test_another_setting_is_refused_by_name(out: Path) -> None:

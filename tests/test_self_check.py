@@ -162,6 +162,22 @@ def test_a_mistake_in_our_own_code_is_no_unsupported_model(
         self_check.check_model(folder, responses)
 
 
+def test_a_mistake_that_shows_inside_torch_is_ours_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path, "qwen2")
+    responses = make_responses(folder)
+
+    def token_logprob(hidden, head, targets, temperature):
+        logits = hidden[:-1] @ head.T
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    token_logprob.__code__ = token_logprob.__code__.replace(co_filename=losses.__file__)
+    monkeypatch.setattr(losses, "token_logprob", token_logprob)
+    with pytest.raises(ValueError, match="batch_size"):
+        self_check.check_model(folder, responses)
+
+
 class NoisyPolicy(Policy):
     """A policy whose layers draw random numbers."""
 
