@@ -122,7 +122,11 @@ def number_of_samples(args: argparse.Namespace) -> dict:
 
 
 def make_entry(prompt: Prompt, records: list[dict], beta1: float) -> dict:
-    """Describe one prompt for the values file. `records` are those of its responses."""
+    """Describe one prompt for the values file; docs/metrics.md explains the fields.
+
+    `records` are those of its responses, with the fields of engine.RECORD_FIELDS. The prompt's V*
+    follows from their rewards by equation (1).
+    """
     rewards = [record["reward"] for record in records]
     # In float64: JSON keeps all digits.
     v_star = optimal_value(torch.tensor([rewards], dtype=torch.float64), beta1)
@@ -166,7 +170,10 @@ def make_header(
 
 
 def success_rates(entries: list[dict]) -> list[float]:
-    """Return each prompt's fraction of right responses. Any reward above 0 counts as right."""
+    """Return each prompt's fraction of right responses, from 0 to 1.
+
+    Any reward above 0 counts as right, since tasks may have other rewards than 0 and 1.
+    """
     rates = []
     for entry in entries:
         num_right = sum(reward > 0 for reward in entry["rewards"])
@@ -285,10 +292,11 @@ def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int
 def sample_values(
     llm: Any, prompts: list[Prompt], out: Path, identity: dict, args: argparse.Namespace
 ) -> list[list[dict]]:
-    """Sample and score; return the records of each prompt's responses.
+    """Sample and score; return for each prompt the records of its responses, in order.
 
     Every prompt gets N responses. With --max-value-samples, every prompt first gets two, then two
-    more where V* is not exact enough yet, and so on.
+    more where V* is not exact enough yet, and so on. All ranks must call it together: each samples
+    its share, and then has all records.
     """
     adaptive = args.max_value_samples > 0
     counts = [2 if adaptive else args.num_value_samples] * len(prompts)
@@ -322,7 +330,11 @@ def sample_values(
 
 
 def samples_wanted(records: list[dict], args: argparse.Namespace) -> int:
-    """Return how many samples a prompt should have, given those that it has."""
+    """Return how many samples a prompt should have, given those that it has.
+
+    It is the same number again if the standard error of V*, by the delta method, is at most
+    --value-error, else two more, but never more than --max-value-samples.
+    """
     rewards = torch.tensor([[record["reward"] for record in records]], dtype=torch.float64)
     if value_standard_error(rewards, args.beta1).item() <= args.value_error:
         return len(records)
