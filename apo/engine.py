@@ -496,10 +496,13 @@ def sample_all(
     requests = missing_requests(prompts, counts, done, seed)
 
     share = share_of_requests(llm, len(requests))
-    # Not in a continued run: what a kill left missing are mostly long responses.
-    watch_first = must_finish and not done
-    first = set(share[:NUM_FIRST]) if watch_first else set()
-    ends_of_first = []
+    # What an earlier start has saved counts. What a kill left missing are mostly long responses, so
+    # that they alone would say nothing.
+    ends_of_first = [record["finished"] for record in done.values()][:NUM_FIRST]
+    first = set()
+    if must_finish:
+        check_endings(ends_of_first, max_tokens)
+        first = set(share[: NUM_FIRST - len(ends_of_first)])
     waiting = deque()
     new_records = []
     with tqdm(total=len(share), unit=" responses", disable=rank > 0) as progress:

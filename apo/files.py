@@ -179,9 +179,9 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
         if os.path.islink(place) and not os.path.exists(place):
             target = os.readlink(place)
             raise UserError(f"--out cannot be written: {place} is a link to {target}, not there")
-    for parent in path.parents:
-        if parent.name.endswith(".partial"):
-            raise UserError(f"--out {out} lies in {parent}, which stages 1 and 3 remove")
+    for place in (path, path.parent):
+        if place.name.endswith(".partial"):
+            raise UserError(f"--out {out}: in {place} stages 1 and 3 keep what is not finished")
     if not is_folder and os.path.isdir(path):
         raise UserError(f"--out {out} is a folder: give the name of a file")
     folder = path if is_folder else path.parent

@@ -155,11 +155,13 @@ def is_name(text: str) -> bool:
 
 
 def says_what(left_side: str) -> bool:
-    """Say whether a left side only says what has the value: x, a_{10}, f(2), x+y, \\sin A; not 2x.
+    """Say whether a left side only says what has the value: x, a_{10}, f(2), \\sin A; but not 2x.
 
-    A left side that denies it says something else: \\text{The answer is not }x.
+    A left side that denies it says something else: \\text{The answer is not }x. But P(\\neg A) and
+    \\text{people not in line} do not deny it.
     """
-    if re.search(r"!|\\l?not|\\neg|\bnot\b", left_side):
+    outside = re.sub(r"\([^()]*\)", "", left_side)
+    if re.search(r"\\l?not|\\neg|\b(is|are) not\b|\bnot *\}", outside):
         return False
     without_indices = re.sub(r"_\{?\w+\}?|(?<=\w)\([-\d,]+\)", "", left_side)
     has_letter = re.search("[a-zA-Z]", without_indices)

@@ -86,7 +86,7 @@ def spell(text: str) -> str:
 def rename(text: str) -> str:
     """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
     text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
-    text = re.sub(r"\\not *=|!=", "≠", text)
+    text = re.sub(r"\\not *=|(?<=\s)!=", "≠", text)  # 5!=120 is a factorial
     text = re.sub(r"\\not *\\", r"\\not", text)  # \not\in is \notin
     text = text.replace(">=", "≥").replace("<=", "≤")
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
@@ -225,9 +225,11 @@ def read_set(text: str) -> str:
         return "(-∞,∞)"
     if text == "{}":
         return r"\emptyset"
-    # Only a name has the set as its values: x=\{1,2\}, but not 2x=\{1,2\}.
-    name = r"\([^()]*\)|\\?[a-zA-Z]+'*(?:_\{?\w+\}?)?|\\text\{[^{}]*\}"
-    return re.sub(rf"^(?:{name})=(\{{.*\}})$", r"\1", text)
+    # x=\{1,2\} and A\cap B=\{1,2\} are the set, but 2x=\{1,2\} and x^2=\{1,4\} are not.
+    found = re.fullmatch(r"(\([^()]*\)|[^=,]*)=(\{.*\})", text)
+    if found and not re.search(r"^-|(?<![-_{(\d])\d|\^\d", found[1]):
+        return found[2]
+    return text
 
 
 # Brackets and lists -------------------------------------------------------------------------------
@@ -273,8 +275,12 @@ def without_brackets(text: str) -> str:
 def split_list(text: str) -> list[str]:
     """Split a list, a set or a union: 1,2 and {1,2} and 1\\pm2 have two items each."""
     text = without_brackets(text)
-    text = re.sub(r"^[a-z](=\\mathbb\{R\})?[:|](?=.*[<>≤≥])", "", text)  # {x|x>0} is x>0
     items = []
+    rule = re.match(r"[a-z](?:=([^:|]*))?[:|](?=.*[<>≤≥])", text)
+    if rule:  # {x|x>0} is x>0
+        text = text[rule.end() :]
+        if rule[1] not in (None, REALS, "R"):
+            items.append(rule[1])  # of whole numbers it is another set
     for part in split(text, ","):
         items += both_signs(part)
     if gives_values(items):

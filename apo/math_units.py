@@ -10,9 +10,10 @@ import re
 # Units, each followed by other words for it, without the s of the plural: "inche" is inches.
 UNIT_TABLE = """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
-    ft foot feet; in inch inche; yd yard; mi mile; kg kilogram; g gram; mg milligram; lb pound;
-    oz ounce; l liter litre; ml milliliter millilitre; gal gallon; s sec second; min minute;
-    h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph; degree deg circ; c celsius coulomb;
+    ft foot feet; in inch inche; yd yard; mi mile; kg kilogram kilos; g gram; mg milligram;
+    lb pound; oz ounce; l liter litre; ml milliliter millilitre; gal gallon; s sec second;
+    ms millisecond; min minute; h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph;
+    degree deg circ; c celsius coulomb;
     f fahrenheit farad; k kelvin; n newton; j joule; w watt; hz hertz; v volt; a amp ampere;
     pa pascal; mol mole; rad radian; dollar usd; cent; am; pm; unit; / per; squares
 """
@@ -30,12 +31,10 @@ NO_UNIT_WORDS = """
     reciprocal negative plus minus times over mod modulo choose pi percent double doubled triple
     tripled halved twice eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth
     eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth
-    ninetieth gross couple kilo mega giga milli micro repeating recurring to or and not is if but
+    ninetieth gross kilo mega giga milli micro repeating recurring to or and not is if but
     only else more less least most than about approx approximately roughly nearly maybe below above
 """
 NO_UNIT = set(NO_UNIT_WORDS.split())
-# Units of two letters that are hardly a product, other than mg, ml, ft or hr.
-CLEAR_UNITS = ("cm", "mm", "km", "kg", "lb", "oz")
 # A unit at the end of a text.
 UNIT = re.compile(
     r"""(?:
@@ -71,23 +70,19 @@ def split_unit(text: str) -> tuple[str, str]:
     # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.
     is_bare = found[0].strip()[:1].isalpha()
     is_plural = re.match(r" *[a-z]{3,}s\b", found[0])
-    if is_bare and not is_plural and not is_clear(value, found[0], names[0]):
+    is_known = bool(names) and names[0] in UNITS.values()
+    if is_bare and not is_plural and (not is_known or is_product(value, names[0])):
         return text, ""
     if found[0].startswith("'") and not re.fullmatch(r"-?[\d./]+", value):  # x_1' is a name
         return text, ""
-    return value[: found.start()], "".join(names)
+    return value, "".join(names)
 
 
-def is_clear(value: str, written: str, name: str) -> bool:
-    """Say whether letters behind a value are a unit: 5 ft and 5cm, but 2mg and 2\\pi ft may be not.
-
-    `written` has a space in front, if there is one; `name` is its first unit.
-    """
-    if name not in UNITS.values():
-        return False
-    letters = re.match(r" *([a-zA-Z]*)", written)[1].lower()
-    is_spaced = written.startswith(" ") and re.fullmatch(r"-?[\d.:]+", value)
-    return bool(is_spaced) or len(letters) > 2 or letters in CLEAR_UNITS
+def is_product(value: str, unit: str) -> bool:
+    """Say whether a unit is rather a product: \\frac{1}{3}ml^2 and 2\\pi hr are, 5 ml is not."""
+    if unit in ("mg", "ml"):
+        return re.fullmatch(r"-?[\d.,]+", value) is None
+    return unit == "h" and r"\pi" in value
 
 
 def unit_words(unit: str) -> list[str]:

@@ -303,6 +303,18 @@ def check_columns(rows: list, name: str) -> None:
             raise UserError(f'{name}, row {number} has no "answer": {row!r:.60} {hint}')
 
 
+class MissingColumnError(KeyError):
+    """A row lacks a column that its task reads."""
+
+
+class Columns(dict):
+    """A row whose missing columns have an error of their own, unlike a task's own dicts."""
+
+    def __missing__(self, name: str) -> Any:
+        """Raise the error; Python calls this for a key that is not there."""
+        raise MissingColumnError(name)
+
+
 def make_row(
     source: dict,
     task: str,
@@ -317,9 +329,9 @@ def make_row(
     """
     row = dict(source)
     try:
-        row["question"] = question(source)
-        row["answer"] = answer(source)
-    except KeyError as error:
+        row["question"] = question(Columns(source))
+        row["answer"] = answer(Columns(source))
+    except MissingColumnError as error:
         raise UserError(f"{where} has no column {error}: {source!r:.60}") from error
     except Exception as error:
         raise RuntimeError(f"{where}: its question or answer cannot be read") from error

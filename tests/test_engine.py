@@ -198,17 +198,27 @@ def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> N
 
 
 def test_a_continued_run_is_not_judged_by_its_long_responses(llm: Any, tmp_path: Path) -> None:
-    """What a kill leaves missing are mostly the longest ones, and the seeds stay the same."""
-    prompts = make_prompts(5)
-    counts = [engine.NUM_FIRST // 5 + 1] * 5
-    record = dict.fromkeys(engine.RECORD_FIELDS, 0)
-    record |= {"id": prompts[0].row["id"], "prompt": prompts[0].text, "finished": True}
-    files.write_json(tmp_path / "values.partial" / "identity.json", {"seed": 0})
-    (tmp_path / "values.partial" / "0.jsonl").write_text(json.dumps(record) + "\n")
-    records = engine.sample_all(
-        llm, prompts, counts, tmp_path / "values", {"seed": 0}, 0, 1.0, 2, must_finish=True
-    )
-    assert [r["finished"] for r in records] == [True] + [False] * (engine.NUM_FIRST + 4)
+    """What a kill leaves missing are mostly the longest ones. What it has saved counts as well."""
+    prompts = make_prompts(2)
+    counts = [engine.NUM_FIRST, engine.NUM_FIRST]
+
+    def sample(finished: bool) -> list[dict]:
+        record = dict.fromkeys(engine.RECORD_FIELDS, 0)
+        record |= {"id": prompts[0].row["id"], "prompt": prompts[0].text, "finished": finished}
+        lines = [json.dumps(record | {"sample": i}) + "\n" for i in range(engine.NUM_FIRST)]
+        out = tmp_path / f"{finished}"
+        files.write_json(tmp_path / f"{finished}.partial" / "identity.json", {"seed": 0})
+        (tmp_path / f"{finished}.partial" / "0.jsonl").write_text("".join(lines))
+        return engine.sample_all(
+            llm, prompts, counts, out, {"seed": 0}, 0, 1.0, 2, must_finish=True
+        )
+
+    records = sample(finished=True)
+    assert len(records) == sum(counts)
+    ended = sum(record["finished"] for record in records[counts[0] :])
+    assert ended <= 2, "hardly any ends in two tokens, and yet they are sampled"
+    with pytest.raises(UserError, match="--max-tokens 2"):
+        sample(finished=False)
 
 
 def test_an_old_python_is_told() -> None:

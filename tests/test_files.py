@@ -152,7 +152,7 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
     for name in ("gone", "gone/values.json"):
         with pytest.raises(UserError, match=r"is a link to .*unmounted, not there"):
             files.check_writable(tmp_path / name)
-    with pytest.raises(UserError, match="which stages 1 and 3 remove"):
+    with pytest.raises(UserError, match="stages 1 and 3 keep what is not finished"):
         files.check_writable(tmp_path / "values.json.partial" / "values.json")
     # The longest name can be written, while the file is unfinished, too.
     longest = "v" * (255 - len("..unfinished"))

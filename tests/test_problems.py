@@ -381,6 +381,15 @@ def test_rows_are_the_same_before_and_after_a_values_file(
     assert row == json.loads(json.dumps(row))
 
 
+def test_a_key_of_a_tasks_own_table_is_no_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_task(monkeypatch, tmp_path, answer=lambda row: {"yes": 1}[row["word"]])
+    with pytest.raises(RuntimeError, match="mine, row 1") as caught:
+        problems.load_problems("mine", "train")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 @pytest.mark.parametrize(
     ("functions", "says"),
     [
