@@ -298,7 +298,7 @@ def title_of(results: list[dict], what: str, goal: str) -> str:
     if len(best) not in (1, 2):
         return f"Reward by {what}"
     names = " and ".join(label_of(method) for method in best)
-    return f"Fewest {what} to reward {goal}: {names}"
+    return f"Fewest {what} to reward {goal}:\n{names}"
 
 
 def label_of(method: str) -> str:
