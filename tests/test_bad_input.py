@@ -425,7 +425,7 @@ STARTED = {
         "a summary that is a list": ("--out {results}/list", "summary.json"),
         "a summary without a header": ("--out {results}/headless", "summary.json"),
         "a summary with a list of benchmarks": ("--out {results}/listed", "summary.json"),
-        "a summary with a number for scores": ("--out {results}/scored", "scores of digits"),
+        "a summary with a number for scores": ("--out {results}/scored", "digits has no scores"),
     },
 }
 
