@@ -544,8 +544,8 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder, if it is there; of one that a user has moved to another disk, the link."""
     if folder.is_symlink():
         folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

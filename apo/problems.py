@@ -329,8 +329,9 @@ def make_row(
     """
     row = dict(source)
     try:
-        row["question"] = question(Columns(source))
-        row["answer"] = answer(Columns(source))
+        columns = Columns(source)
+        row["question"] = question(columns)
+        row["answer"] = answer(columns)
     except MissingColumnError as error:
         raise UserError(f"{where} has no column {error}: {source!r:.60}") from error
     except Exception as error:
