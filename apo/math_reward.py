@@ -36,9 +36,10 @@ from apo.math_algebra import by_algebra
 from apo.math_equality import decide, leave_open
 
 # The limits for the algebra of one pair. The first counts the CPU time of the worker, which does
-# not pass while other processes have the CPU. The second ends a worker that sleeps.
-CPU_SECONDS = 3
-WALL_SECONDS = 60
+# not pass while other processes have the CPU: a common pair takes a tenth of a second, and twenty
+# times as long on the slowest machine that we have seen. The second ends a worker that sleeps.
+CPU_SECONDS = 10
+WALL_SECONDS = 600
 MEMORY_BYTES = 4 * 2**30
 # How models mark a thought, which is no part of the answer: its beginning and its end.
 THOUGHTS = (

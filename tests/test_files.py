@@ -133,7 +133,7 @@ command_line.run(main)
     process = spawn("-c", code)
     assert process.stdout.readline() == "step\n"
     process.stdout.close()
-    process.wait(timeout=300)
+    process.wait(timeout=900)
     files.open_locked(path).close()
 
 

@@ -408,7 +408,7 @@ assert not {"sympy", "math_verify", "latex2sympy2_extended", "torch"} & set(sys.
 
 # Nothing hangs, crashes or escapes
 
-SLOW = r"\sin(10^{10^{6}})"  # nothing sees it coming, and its digits take over 3 s
+SLOW = r"\sin(10^{10^{6}})"  # nothing sees it coming, and its digits take minutes
 PATHOLOGICAL = [
     r"9^{9^{9^9}}",
     "10000000!",
@@ -473,8 +473,8 @@ def test_a_box_equal_to_a_huge_answer_is_right() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text(), st.sampled_from(["5", r"\frac{1}{2}", r"\text{even}", "(1,2)", "x<2", r"50\%"]))
 def test_no_text_makes_it_raise(text: str, answer: str) -> None:
-    assert submit(text, answer).result(60) == 0
-    assert submit(boxed(text), answer).result(60) in (0, 1)
+    assert submit(text, answer).result(900) == 0
+    assert submit(boxed(text), answer).result(900) in (0, 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -497,14 +497,14 @@ def test_no_latex_makes_it_raise(text: str) -> None:
 )
 def test_long_and_broken_responses(response: str) -> None:
     assert reward(response, "5") == 1
-    assert submit(response, r"\frac{25}{\sqrt{25}}").result(60) == 1  # by a worker
-    assert submit(response, "6").result(60) == 0
+    assert submit(response, r"\frac{25}{\sqrt{25}}").result(900) == 1  # by a worker
+    assert submit(response, "6").result(900) == 0
 
 
 @pytest.mark.parametrize("junk", ["\ud800", "\0", "\x1b[0m", "\u202e"])
 def test_junk_in_a_box(junk: str) -> None:
-    assert submit(boxed(f"5{junk}"), r"\frac{25}{\sqrt{25}}").result(60) in (0, 1)
-    assert submit(boxed(f"{junk}6"), "5").result(60) == 0
+    assert submit(boxed(f"5{junk}"), r"\frac{25}{\sqrt{25}}").result(900) in (0, 1)
+    assert submit(boxed(f"{junk}6"), "5").result(900) == 0
 
 
 # Workers
@@ -571,7 +571,7 @@ def test_a_timeout_is_counted_and_costs_only_itself() -> None:
     before = counts["timeouts"]
     hard = submit(boxed(SLOW), "5")
     assert grade([boxed("y+x")], ["x+y"]) == [1]
-    assert hard.result(60) == 0
+    assert hard.result(900) == 0
     assert counts["timeouts"] == before + 1
 
 
@@ -597,7 +597,7 @@ def test_killed_workers_lose_no_answer() -> None:
         time.sleep(0.01)
     for pid in worker_pids():
         os.kill(pid, signal.SIGKILL)
-    assert [verdict.result(60) for verdict in verdicts] == [1.0] * 60
+    assert [verdict.result(900) for verdict in verdicts] == [1.0] * 60
     for pid in worker_pids():
         os.kill(pid, signal.SIGKILL)
     assert grade([boxed("y+x")] * 20, ["x+y"] * 20) == [1.0] * 20
@@ -697,7 +697,7 @@ def test_a_forked_child_grades_with_workers_of_its_own() -> None:
     grade([boxed("y+x")], ["x+y"])
     pid = os.fork()
     if pid == 0:
-        signal.alarm(60)  # without workers, the child would wait for ever
+        signal.alarm(900)  # without workers, the child would wait for ever
         os._exit(0 if grade([boxed("y+x")], ["x+y"]) == [1.0] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
