@@ -1,10 +1,12 @@
 """Stage 3: score a model on benchmarks, mean@n and pass@k with standard errors.
 
-As in the paper, each problem of the large sets gets one greedy answer, and each of AMC, AIME and
-HMMT gets 32 samples at temperature 1, since 30 or 40 answers would tell little. What is printed:
+As in the paper, each problem of the large sets gets one answer, and each of AMC, AIME and HMMT gets
+32 samples, since 30 or 40 answers would tell little. That the one is greedy and the 32 are drawn at
+temperature 1 is our choice. What is printed:
 
-- mean: the fraction of right answers, averaged over the problems, with its standard error over the
-  problems. A response that does not end within --max-tokens counts as wrong, as in training.
+- mean: the mean reward in percent, with its standard error over the problems. With rewards of 0 and
+  1 it is the accuracy. A response that does not end within --max-tokens counts as wrong, as in
+  training.
 - any end: the fraction of right responses with that rule waived, over all samples. Base models
   often ramble on after the answer.
 - truncated: the fraction of responses that did not end.
@@ -98,9 +100,10 @@ def make_parser() -> argparse.ArgumentParser:
 def score(records: list[dict]) -> dict:
     """Sum up one benchmark's records {"id", "reward", "answer", "output", "finished", "tokens"}.
 
-    Rates are fractions between 0 and 1. `mean` and pass@k are means over problems, and `stderr` is
-    the standard error over problems; the rest is over samples. `mean_any_end` waives the rule that
-    a response without EOS earns 0, since base models ramble on after the answer.
+    `mean` is the mean reward and `stderr` its standard error, both over problems. pass@k is a mean
+    over problems, too; a response with a reward above 0 passes. The rest is over samples.
+    `mean_any_end` waives the rule that a response without EOS earns 0, since base models ramble on
+    after the answer.
     """
     # Samples of one problem are alike, so the standard error is over problems, not over samples.
     rewards_of = {}
@@ -274,7 +277,8 @@ def base_style(args: argparse.Namespace, trained_with: dict) -> PromptStyle:
 def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
     """Collect all that decides what is sampled, except the benchmark itself.
 
-    A second start with another header is refused, so that no table mixes two settings.
+    A second start with another header is refused, so that no table mixes two settings. `style` is
+    that of the flags or the training; a benchmark's own template stands beside its scores.
     """
     return {
         "model": args.model,
@@ -311,7 +315,7 @@ def make_benchmark(
     _, reasons = problems.keep_gradable(name, rows)
     remarks = [f"counted as wrong: {reason}" for reason in reasons]
 
-    # A model that was trained on a task gets the prompts of its training.
+    # A task with the reward function of the training gets the template of the training.
     task = problems.find_task(name)
     style = problems.style_of_task(
         base_style(args, trained_with), task, trained_reward=trained_with.get("reward")
@@ -441,8 +445,7 @@ def sample_benchmark(
     llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
-    # As in the paper: one response to each problem, but 32 of small sets. That the one is greedy is
-    # our choice.
+    # As in the paper: one response to each problem, but 32 of small sets.
     num_samples = args.num_samples
     if num_samples == 0:
         # A local file has the task "math", whatever its name.

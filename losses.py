@@ -55,7 +55,8 @@ def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
     V* is beta1 ln(m) with m the mean of w = exp(r / beta1), so by the delta method its standard
     error is beta1 / m times that of m. Two responses with the rewards 0 and 1 are added first
     (Laplace's rule), because two equal rewards do not make a prompt certain: k of N right counts as
-    the success rate (k + 1) / (N + 2). Rewards should lie between 0 and 1.
+    the success rate (k + 1) / (N + 2). The spread of all N + 2 is divided by sqrt(N). Rewards
+    should lie between 0 and 1.
     Example: beta1 = 0.5: 0 of 2, 1 of 2, 2 of 2, 0 of 12 right -> 0.38, 0.27, 0.17, 0.16.
 
     Raises ValueError in the same cases as `optimal_value`, and returns the same dtype.
@@ -126,9 +127,9 @@ class _Float32Product(torch.autograd.Function):
 def sequence_logprob(token_logp: Tensor, lengths: Tensor) -> Tensor:
     """Return ln pi(y|x), the sum over each response's tokens, EOS included.
 
-    Takes token_logp (R,) and lengths (B,) on the CPU; returns (B,) float32. The responses lie one
-    after another in token_logp, and response b has lengths[b] entries. Lengths, not `token != pad`,
-    say what belongs to a response: in many base models pad is EOS.
+    Takes token_logp (R,), and lengths (B,), which are on the CPU; returns (B,) float32. The
+    responses lie one after another in token_logp, and response b has lengths[b] entries. Lengths,
+    not `token != pad`, say what belongs to a response: in many base models pad is EOS.
     """
     assert token_logp.shape == (lengths.sum(),), (
         f"lengths {lengths.tolist()} do not add up to token_logp {tuple(token_logp.shape)}"

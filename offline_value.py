@@ -151,8 +151,8 @@ def make_header(
 ) -> dict:
     """Describe the run, and sum it up over all prompts.
 
-    `seconds` include the engine's start. They are those of the last start: after a continued run,
-    tokens_per_second is too high.
+    `seconds` count from when this script was started last, the engine's start included. After a
+    continued run, tokens_per_second is therefore too high.
     """
     # The flags come first: a person reads in them how to make the file again.
     header = vars(args) | identity

@@ -85,7 +85,8 @@ class Algorithm(NamedTuple):
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
     # statistics by name, (B,) each. The update minimises the mean over all sequences; `token_mean`
     # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported of a
-    # step's first update alone: there the policy is still the one that sampled.
+    # step's first update alone: there the policy is still the one that sampled. A name that is
+    # taken, such as "reward" or "adv", is refused.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
     # MicroBatch.numbers under the same name. In the list, the responses of a prompt follow each
@@ -122,6 +123,10 @@ def a_star_po(beta2: float) -> Algorithm:
     return Algorithm(loss)
 
 
+# What `update` reports beside the statistics of the loss function.
+OF_UPDATE = {"loss", "grad_norm", "logprob_gap", "kl_per_token"}
+
+
 def update(
     policy: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -150,6 +155,8 @@ def update(
         for batch in batches:
             output = policy(**batch.inputs)
             sequence_losses, statistics = loss_function(batch, output)
+            if not OF_UPDATE.isdisjoint(statistics):
+                raise ValueError(f"a statistic has a name of {OF_UPDATE}")
             # The mean over all sequences of the update, whatever the split into micro-batches. A
             # micro-batch has weight 0 if it only keeps this rank in step with the others.
             loss = batch.weight * sequence_losses.sum() / batch.num_sequences
@@ -157,7 +164,7 @@ def update(
             # where the sum of the parts is wanted.
             (loss * dist.get_world_size()).backward()
             sums["loss"] += loss.detach() / len(updates)
-            # Kept for samples.jsonl.
+            # For the sums and the names below, and for samples.jsonl.
             batch.statistics = {name: x.detach() for name, x in statistics.items()}
             if number == 0:
                 add_sums(sums, batch, output.detach())
@@ -269,9 +276,10 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         with timed(metrics, "seconds_update"):
             if algorithm.prepare is not None:
                 algorithm.prepare(run.policy, updates)
-            metrics |= update(
+            of_update = update(
                 run.policy, run.optimizer, updates, algorithm.loss, args.max_grad_norm
             )
+            add_metrics(metrics, of_update)
             metrics["peak_gib"] = used_memory()
 
         # 6. pi_{t+1} into the engine.
@@ -281,7 +289,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         # The step ends here. What follows is not counted in its seconds.
         metrics["seconds_total"] = time.perf_counter() - start
-        metrics |= summarize(responses, metrics["seconds_total"])
+        add_metrics(metrics, summarize(responses, metrics["seconds_total"]))
         check_metrics(metrics, temperature)
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
@@ -296,6 +304,14 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         if stopped_by:
             break
     finish(run, args, stopped_by)
+
+
+def add_metrics(metrics: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add more metrics to those of a step; ValueError if a name is taken."""
+    twice = metrics.keys() & more.keys()
+    if twice:
+        raise ValueError(f"two metrics have the same name: {', '.join(sorted(twice))}")
+    metrics.update(more)
 
 
 @contextlib.contextmanager
@@ -380,14 +396,14 @@ def summarize(responses: list[Response], seconds: float) -> dict[str, float]:
     }
 
 
-def gather_logratios(updates: list[list[MicroBatch]], num_samples: int) -> dict[int, float]:
+def gather_logratios(updates: list[list[MicroBatch]], num_logged: int) -> dict[int, float]:
     """Collect from all ranks the log-ratios of the first responses; by the response's index."""
     here = {}
     for batch in itertools.chain.from_iterable(updates):
         if batch.weight == 0 or "logratio" not in batch.statistics:
             continue
         for response, value in zip(batch.responses, batch.statistics["logratio"], strict=True):
-            if response.index < num_samples:
+            if response.index < num_logged:
                 here[response.index] = value.item()
     everywhere = {}
     for logratios in engine.from_all_ranks(here):
@@ -468,7 +484,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
         save_checkpoint(folder, step, run.policy, None, run.reference_folder)
     if dist.get_rank() == 0:
         print(f"grading: {math_reward.counts}")
-        run.log.close()
+        run.log.finish_tracker()
     engine.stop_engine(run.llm)
     if stopped_by:
         sys.exit(128 + stopped_by)
@@ -603,7 +619,10 @@ def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
 
 
 def check(args: argparse.Namespace) -> TrainingData:
-    """Check flags and files before anything starts; UserError for the first mistake."""
+    """Check the flags, fill in defaults from the values file, load the data, and compute V*.
+
+    All this is done before anything starts. Raises UserError for the user's first mistake.
+    """
     if args.batch_size % args.updates_per_batch != 0:
         raise UserError(
             f"--updates-per-batch {args.updates_per_batch} does not divide --batch-size "

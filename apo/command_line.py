@@ -45,14 +45,14 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def add_engine_flags(parser: argparse.ArgumentParser, gpu_share: float) -> None:
     """Add the flags that all three stages have."""
-    add = parser.add_argument_group("sampling engine, the same in all stages").add_argument
+    add = parser.add_argument_group("seed and sampling engine (flags of all stages)").add_argument
     add("--seed", type=seed, default=0, help="seed of all that is drawn")
     add(
         "--gpu-memory-utilization",
         type=fraction,
         default=gpu_share,
-        help="share of each GPU's memory that the engine may use; stage 2 takes less if a step "
-        "needs less",
+        help="share of each GPU's memory that the engine may use (in stage 2 of the free memory, "
+        "and less if a step needs less)",
     )
     share = "GPUs that share one copy of the model while sampling"
     add("--tensor-parallel-size", type=positive_integer, default=1, help=share)

@@ -313,7 +313,7 @@ def sample(
     max_tokens: int,
     top_p: float = 1.0,
 ) -> Iterator[Response]:
-    """Sample this rank's share of the requests and start to grade each response.
+    """Call `generate`, and start to grade each response.
 
     Grading runs beside the sampling: `wait_for_reward` puts the result into the response.
     """
@@ -496,8 +496,8 @@ def sample_all(
     requests = missing_requests(prompts, counts, done, seed)
 
     share = share_of_requests(llm, len(requests))
-    # What an earlier start has saved counts. What a kill left missing are mostly long responses, so
-    # that they alone would say nothing.
+    # Saved responses count as well. After a kill mostly long ones are missing, which alone would
+    # look as if no response ended.
     ends_of_first = [record["finished"] for record in done.values()][:NUM_FIRST]
     first = set()
     if must_finish:

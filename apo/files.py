@@ -34,7 +34,7 @@ MODEL_FILES = (
 SECOND_COPY = "consolidated*"  # Mistral's own format, beside the same weights in safetensors
 # Names under which a config.json has the largest number of tokens that a model can read.
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
-# What a file system says to a flush of a folder, or to a lock, that it does not have at all.
+# Errors of a file system that has no flush of folders, or no locks, at all.
 CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 LONGEST_NAME = 255  # bytes of a file's name, on nearly all file systems
 BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint

@@ -247,7 +247,7 @@ SYMBOLS = set(SYMBOL_NAMES.split())
 
 
 def is_text(text: str) -> bool:
-    """Say whether there is nothing to compute with in a value."""
+    """Say whether a value has nothing to compute with, or is too large for it."""
     commands = set(re.findall(r"\\([a-zA-Z]*)", text))
     has_other_sign = re.search(r"""[:#∞%≡≠<>≤≥~$"]""", text)
     # 1 2, the point A1, and ABCD alone or at one side of an equation.

@@ -103,8 +103,8 @@ def submit(response: str, answer: Any) -> Future:
 def check_answer(answer: Any) -> str:
     """Return the answer as text, without a box around it.
 
-    Raises ValueError if it is neither text nor number, if it is empty, or if its braces do not
-    match, since no box could hold it then.
+    Raises ValueError if it is neither text nor number, if it is empty, nan or infinite, or if its
+    braces do not match, since no box could hold it then.
     """
     # Python writes 1e+16 for a float, which in mathematics is the number e plus 16.
     written = str(answer).replace("e+", "e") if isinstance(answer, float) else str(answer)

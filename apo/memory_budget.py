@@ -28,7 +28,7 @@ MOST_AT_ONCE = 256
 # What no formula here covers: the CUDA context, workspaces of kernels, NCCL, the engine's CUDA
 # graphs, and memory lost to fragmentation. These two are a guess until they are measured.
 RESERVE_BYTES = 1.5 * GIB
-RESERVE_SHARE = 0.05  # of the card
+RESERVE_SHARE = 0.05  # of what is free
 CHUNK = 512  # rows of logits at a time, as in losses.token_logprob
 
 
@@ -173,7 +173,7 @@ def activations(size: ModelSize, setup: Setup) -> int:
         reduced = 4 * size.layer_parameters // setup.gpus_per_machine
 
     # At the head: a chunk of float32 logits three times and the head's gradient, or that gradient
-    # three times. The last norm keeps four states, and the rows that the head reads are a fifth.
+    # three times. The last norm keeps four states, and the rows that the head reads are one more.
     # The rotary positions are the same in all layers.
     chunk = 3 * 4 * CHUNK * size.vocabulary
     head_gradient = 2 * size.vocabulary * size.hidden
@@ -190,7 +190,7 @@ def activations(size: ModelSize, setup: Setup) -> int:
         kept = layer + max(states, state + (size.num_layers - 1) * reduced)
     # Two bf16 gradients as wide as the MLP. The 2.5 bytes were fitted to the simulation.
     in_layer = tokens * (4 * size.intermediate + 2.5 * size.hidden)
-    # The layer's own weights.
+    # `gathered` has the next layer's weights, `layer_weights` are this layer's.
     at_layer = gathered + layer_weights + kept + in_layer
     if all_trained:
         # In float32 the layer's gradient has twice the bytes of its bf16 weights.

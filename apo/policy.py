@@ -189,7 +189,7 @@ def make_micro_batch(
     numbers = {}
     for name in responses[0].numbers:
         numbers[name] = torch.tensor([r.numbers[name] for r in responses], device=DEVICE)
-    # Only if they were asked for, for all of these responses.
+    # None unless the engine gave log-probs for every one of these responses.
     sampler_logp = None
     all_logp = []
     for response in responses:
@@ -380,8 +380,8 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
     in COMPUTE_DTYPE; gradients are averaged over the ranks in float32.
 
     On a CPU, memory is cheap and gathering is slow, so gathered weights are kept. On a GPU they are
-    freed after the forward pass. FSDP would by itself keep those of the last module, and with them
-    the embedding and the head of the reference.
+    freed after the forward pass. FSDP must be told so (`reshard_after_forward`): by default it
+    keeps the last module's, and with them the embedding and the head of the reference.
     """
     options = {
         "mesh": mesh,
@@ -435,9 +435,9 @@ def save_checkpoint(
     """Write a folder that from_pretrained and vLLM load as it is; all ranks must call it together.
 
     With an optimizer it is a checkpoint: weights in `policy.checkpoint_dtype`, and the optimizer's
-    state under trainer/, of which every rank writes its own part. Without one it is the finished
-    model, in bf16 on GPUs.
-    Adapters, if there are any, lie under trainer/ in float32, and the weights have them added.
+    state under trainer/, of which every rank writes its own part; adapters lie there too, in
+    float32. Without one it is the finished model, in bf16 on GPUs. In both, the weights have the
+    adapters added.
     The folder gets its name last, when everything in it is on the disk.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")

@@ -91,11 +91,17 @@ class Dataset:
     # {question} is replaced by the row's question.
     template: str = BOXED_TEMPLATE
     # From the text of a response, without its end token, and its row to any finite number. In
-    # training, a response that does not end within --max-tokens earns 0 and is not seen here.
+    # training, a response that does not end within --max-tokens earns 0 and is not seen here. It
+    # must be a function of a module, not a lambda: files name it, to say what was rewarded.
     reward: Callable[[str, dict], float] = score_mathematics
     # On which entry of DATASETS stage 2 evaluates by default when it trains on this one; "none":
     # it does not evaluate.
     test_set: str = "none"
+
+    def __post_init__(self) -> None:
+        # Python calls any lambda "<lambda>", and a function in a function "outer.<locals>.inner".
+        if "<" in getattr(self.reward, "__qualname__", "<no function>"):
+            raise TypeError(f"the reward of a task must be a function of a module: {self.reward}")
 
 
 DATASETS = {
@@ -491,7 +497,7 @@ def make_prompt(row: dict, style: PromptStyle, tokenizer: Any, text: str | None 
     """Make the prompt of a row; `text` is given where stage 1 has already written it."""
     if text is None:
         text = format_prompt(row["question"], style, tokenizer)
-    text = clean_text(text)  # what a user wrote by hand may hold such halves, too
+    text = clean_text(text)  # what a user wrote by hand may hold halves of surrogate pairs, too
     # A chat template has already written the special tokens, such as BOS.
     ids = tokenizer.encode(text, add_special_tokens=not style.chat_template)
     return Prompt(row, text, ids)
@@ -555,7 +561,7 @@ def cut_prompts(prompts: list[Prompt], longest: int, tokenizer: Any) -> str | No
 
 
 def reward(response: str, row: Any) -> float:
-    """Score a response to a row. In place of a row, the answer of a math problem will do.
+    """Score a response to a row. A text in place of a row is the answer of a math problem.
 
     Raises what the task's reward function raises: that is a fault in its code, not in the response.
     """

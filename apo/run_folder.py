@@ -133,7 +133,7 @@ class RunLog:
             self.tracker.log(metrics, step=metrics["step"])
         print(self.describe(metrics), flush=True)
 
-    def close(self) -> None:
+    def finish_tracker(self) -> None:
         """Tell the tracker that the run has ended: trackio sends its last lines only then."""
         if self.tracker is not None:
             self.tracker.finish()

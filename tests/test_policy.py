@@ -529,6 +529,22 @@ def test_update_is_that_of_a_plain_model(one_machine: None, reference: Path, bud
     assert_same_weights(weights, plain, make_lm())
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "logprob_gap", "kl_per_token"])
+def test_a_statistic_hides_no_metric(one_machine: None, reference: Path, name: str) -> None:
+    loaded, optimizer = load(reference)
+
+    def loss(batch: MicroBatch, token_logp: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        sequence_losses, _ = loss_with_statistics(batch, token_logp)
+        return sequence_losses, {name: sequence_losses}
+
+    with pytest.raises(ValueError, match=f"a statistic has a name of .*{name}"):
+        train_online.update(loaded, optimizer, make_updates(1000), loss)
+    metrics = {"reward": 1.0}
+    with pytest.raises(ValueError, match="two metrics have the same name: reward"):
+        train_online.add_metrics(metrics, {"reward": 2.0, "long": 3.0})
+    assert metrics == {"reward": 1.0}
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_ranks_make_the_update_of_one(machines: int, on_two_ranks: Path) -> None:
     """A mean per rank in place of the global one shows, and so does a copy that is counted."""

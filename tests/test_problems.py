@@ -1,6 +1,7 @@
 """The tasks: rows with all their columns, prompts as the model was trained on, and rewards."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from datetime import date
@@ -542,6 +543,10 @@ def test_headers_name_the_reward(backwards: str) -> None:
     assert problems.reward_name(backwards).endswith("score_backwards")
     assert problems.reward_name(backwards) != problems.reward_name("math")
     assert problems.reward_name("math") == problems.reward_name("gsm8k")
+    # Two lambdas have one name, so that one's values would pass for the other's.
+    for nameless in (lambda text, row: 1.0, functools.partial(problems.reward)):
+        with pytest.raises(TypeError, match="must be a function of a module"):
+            dataclasses.replace(BACKWARDS, reward=nameless)
 
 
 @pytest.mark.parametrize(
