@@ -69,7 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-samples",
         type=whole_number,
         default=0,
-        help="samples per problem; 0 takes 32 for AMC, AIME and HMMT, and 1 for the others",
+        help="samples per problem; 0 takes 32 for AMC, AIME and HMMT, and 1 for the others, or for "
+        "all with --temperature 0",
     )
     add(
         "--temperature",
@@ -209,7 +210,7 @@ def grade_file(path: Path) -> dict:
             raise UserError(f'{where}: "id" is neither a text nor a number')
         if not isinstance(record["finished"], bool):
             raise UserError(f'{where}: "finished" is neither true nor false')
-        if type(record["tokens"]) not in (int, float):
+        if not is_number(record["tokens"]):
             raise UserError(f'{where}: "tokens" is not a number')
         records.append(problems.as_json(record, where))
     if not records:
@@ -299,6 +300,8 @@ class Benchmark:
 
     rows: list[dict]
     prompts: list[Prompt]
+    num_samples: int  # of each problem
+    temperature: float
     identity: dict  # what its scores depend on, beside the header
     remarks: list[str]  # sentences about its rows for the user
 
@@ -331,7 +334,22 @@ def make_benchmark(
         "prompt_template": style.template,
         "reward": problems.reward_name(task),
     }
-    return Benchmark(rows, prompts, identity, remarks)
+    num_samples, sampling_temperature = how_to_sample(task, args)
+    return Benchmark(rows, prompts, num_samples, sampling_temperature, identity, remarks)
+
+
+def how_to_sample(task: str, args: argparse.Namespace) -> tuple[int, float]:
+    """Return how many responses each problem of a task gets, and at which temperature."""
+    num_samples = args.num_samples
+    if num_samples == 0:
+        # As in the paper. Greedy responses would all be equal. A local file has the task "math",
+        # whatever its name.
+        draws = args.temperature != 0
+        num_samples = SAMPLES_OF_SMALL if task in SMALL_BENCHMARKS and draws else 1
+    sampling_temperature = args.temperature
+    if sampling_temperature is None:
+        sampling_temperature = 0.0 if num_samples == 1 else 1.0
+    return num_samples, sampling_temperature
 
 
 def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, Benchmark]:
@@ -400,6 +418,17 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
     return done
 
 
+def check_results(out: Path, names: list[str]) -> None:
+    """Raise UserError if a file that is not ours has the name under which samples are to be saved.
+
+    Ours are named in summary.json, or a kill has left their partial folder.
+    """
+    for name in names:
+        path = out / f"{name}.jsonl"
+        if path.exists() and not engine.partial_folder(path).exists():
+            raise UserError(f"{path} would be replaced, and is not from here: give another --out")
+
+
 def check_scores(scores: Any, where: str) -> None:
     """Raise UserError for scores that print_table could not have printed."""
     if not isinstance(scores, dict):
@@ -445,23 +474,14 @@ def sample_benchmark(
     llm: Any, benchmark: Benchmark, path: Path, identity: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Sample a benchmark and score the responses."""
-    # As in the paper: one response to each problem, but 32 of small sets.
-    num_samples = args.num_samples
-    if num_samples == 0:
-        # A local file has the task "math", whatever its name.
-        is_small = benchmark.rows[0]["_task"] in SMALL_BENCHMARKS
-        num_samples = SAMPLES_OF_SMALL if is_small else 1
-    sampling_temperature = args.temperature
-    if sampling_temperature is None:
-        sampling_temperature = 0.0 if num_samples == 1 else 1.0
     return engine.sample_all(
         llm,
         benchmark.prompts,
-        [num_samples] * len(benchmark.prompts),
+        [benchmark.num_samples] * len(benchmark.prompts),
         path,
         identity,
         args.seed,
-        sampling_temperature,
+        benchmark.temperature,
         args.max_tokens,
         args.top_p,
     )
@@ -493,6 +513,7 @@ def sample_missing(
     missing = [name for name in benchmarks if name not in done]
     if not missing:
         return done
+    engine.on_rank_0(check_results, out, missing)
 
     llm = start_engine(args, [benchmarks[name] for name in missing])
     for name in missing:
@@ -522,11 +543,17 @@ def main() -> None:
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
     # What needs no engine is checked before it starts.
+    if args.temperature == 0 and args.num_samples > 1:
+        raise UserError(
+            f"--temperature 0 is greedy: all {args.num_samples} samples of a problem would be equal"
+        )
     files.check_writable(args.out, is_folder=True)
     trained_with = settings_of_run(args.model)
     if args.max_tokens is None:
         args.max_tokens = trained_with.get("max_tokens", 1024)
     benchmarks = load_benchmarks(args, trained_with)
+    if args.top_p < 1 and all(b.temperature == 0 for b in benchmarks.values()):
+        raise UserError("--top-p does nothing in greedy decoding: give a --temperature too")
     header = make_header(args, base_style(args, trained_with))
 
     # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks

@@ -385,6 +385,13 @@ def main() -> None:
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
     )
+    # Another run may have finished the file while this one started its engine.
+    finished = engine.on_rank_0(read_finished, out, identity)
+    if finished is not None:
+        if rank == 0:
+            print_summary(finished["header"], finished["prompts"])
+        engine.stop_engine(llm)
+        return
     prompts = fitting_prompts(llm, rows, style, args.max_prompt_tokens)
     # What stage 2 could not train is refused now, and not after hours of sampling.
     responses = self_check.sample_for_check(llm, prompts)

@@ -1,7 +1,8 @@
 """How a script starts and ends: its flags, its exit codes, and what a signal does.
 
-Exit codes: 0; 2 for a user's mistake, told in one sentence; 130 and 143 for SIGINT and SIGTERM;
-1 with a full traceback for anything else.
+Exit codes: 0; 2 for a user's mistake, told in one sentence; 128 + the signal's number if a signal
+ends it, so 129, 130 and 143 for SIGHUP, SIGINT and SIGTERM; 1 with a full traceback for anything
+else.
 """
 
 import argparse
@@ -19,6 +20,9 @@ from apo.files import UserError
 LOWEST_TEMPERATURE = 0.01  # vLLM silently raises what is below it
 LARGEST_SEED = 2**32 - 1  # of numpy's generator, which vLLM seeds as well
 SECONDS_FOR_RANK_0 = 10  # to say what is wrong and to end, before another rank says it
+# Signals that come within so many seconds are one request to stop. `pkill` reaches the ranks and
+# their launcher, which sends it to the ranks once more.
+SECONDS_OF_ONE_STOP = 3
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -158,9 +162,9 @@ def fraction(text: str) -> float:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` with the exit codes above.
 
-    SIGINT and SIGTERM end it at once. The training loop replaces these handlers by a StopFlag.
+    Stop signals end it at once. The training loop replaces their handlers by a StopFlag.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, exit_on_signal)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that knows no "±" shows its code instead; nothing is lost for it. There is no
@@ -173,9 +177,32 @@ def run(main: Callable[[], None]) -> None:
         # Nearly always all ranks find the same mistake. Then the first one says it and ends, and
         # torchrun ends the others while they wait here. If only this rank has found it, it says so.
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, exit_on_signal)  # a StopFlag would let this rank wait on
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask this process to stop. SIGHUP says that its terminal is gone."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` sets it
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def print_line(text: str) -> None:
+    """Print a line at once. If nobody reads it any more, nothing is printed from here on.
+
+    That must not end a run: Ctrl-C also ends the `tee` behind it, before the step is saved.
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Whatever is still in the buffer goes there too, without another error at the end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -183,27 +210,31 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
 
     No exception is raised: one that reaches C++, while a library is imported, aborts the process.
     """
-    with contextlib.suppress(RuntimeError):  # if the signal comes in the middle of a print
+    # It may come in the middle of a print, or there may be nobody who reads what is printed.
+    with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(128 + number)
 
 
 class StopFlag:
-    """Remembers the first SIGINT or SIGTERM, so that the step can be finished and saved.
+    """Remembers the first stop signal, so that the step can be finished and saved.
 
-    A second signal ends the process at once.
+    A second one ends the process at once, unless it belongs to the same request to stop.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.first_time = 0.0  # when the first one came
+        for number in stop_signals():
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Note the signal."""
-        if self.number:
+        if not self.number:
+            self.number = number
+            self.first_time = time.monotonic()
+        elif time.monotonic() > self.first_time + SECONDS_OF_ONE_STOP:
             os._exit(128 + number)
-        self.number = number
 
     def agree(self) -> int:
         """Return the signal that any rank received, 0 if none; all ranks call it together."""

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from apo import files, math_reward, problems
+from apo import command_line, files, math_reward, problems
 from apo.files import UserError
 from apo.problems import Prompt
 
@@ -145,12 +145,15 @@ def restart_under_torchrun(num_gpus: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # orig_argv is the command as it was typed, so that `python -m experiments.x` works as well.
     command = [sys.executable, *sys.orig_argv[1:]]
+    # Not SIGHUP where `nohup` has set that it is ignored: torchrun would pass it on to the ranks.
+    names = [signal.Signals(number).name for number in command_line.stop_signals()]
     flags = ["--standalone", f"--nproc-per-node={num_gpus}", "--no-python"]
+    flags.append("--signals-to-handle=" + ",".join(names))
     try:
         torchrun.main([*flags, *command])
     except errors.ChildFailedError as error:
         _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode in (2, 130, 143) else 1)
+        sys.exit(failure.exitcode if failure.exitcode in (2, 129, 130, 143) else 1)
     except api.SignalException as error:
         sys.exit(128 + error.sigval)
     sys.exit(0)

@@ -176,9 +176,7 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
         if len(os.fsencode(f".{part}.unfinished")) > LONGEST_NAME:
             raise UserError(f"--out cannot be written: the name {part:.40}... is too long")
     for place in (path, *path.parents):
-        if os.path.islink(place) and not os.path.exists(place):
-            target = os.readlink(place)
-            raise UserError(f"--out cannot be written: {place} is a link to {target}, not there")
+        refuse_broken_link(place)
     for place in (path, path.parent):
         if place.name.endswith(".partial"):
             raise UserError(f"--out {out}: in {place} stages 1 and 3 keep what is not finished")
@@ -189,6 +187,12 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--out {out} cannot be written: {folder} is no writable folder")
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Raise UserError if a path is a link to nothing, such as to a disk that is not mounted."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
 
 
 # ---------------------------------------------------------------------------------------------

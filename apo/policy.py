@@ -188,7 +188,8 @@ def make_micro_batch(
     inputs["temperature"] = temperature
     numbers = {}
     for name in responses[0].numbers:
-        numbers[name] = torch.tensor([r.numbers[name] for r in responses], device=DEVICE)
+        values = [r.numbers[name] for r in responses]
+        numbers[name] = torch.tensor(values, dtype=torch.float64, device=DEVICE)
     # None unless the engine gave log-probs for every one of these responses.
     sampler_logp = None
     all_logp = []
@@ -200,7 +201,7 @@ def make_micro_batch(
         responses=responses,
         inputs=inputs,
         lengths=lengths,
-        rewards=torch.tensor([r.reward for r in responses], device=DEVICE),
+        rewards=torch.tensor([r.reward for r in responses], dtype=torch.float64, device=DEVICE),
         numbers=numbers,
         sampler_logp=sampler_logp,
         weight=weight,
@@ -499,8 +500,7 @@ def saved_step(folder: Path) -> int | None:
     answer, or if the folder is a link to nothing: then it may be whole, and only out of reach.
     """
     try:
-        if folder.is_symlink() and not folder.exists():
-            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there")
+        files.refuse_broken_link(folder)
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         for name, size in manifest["files"].items():
             if (folder / name).stat().st_size != size:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apo import files
+from apo import command_line, files
 from apo.engine import Response
 from apo.files import UserError
 from apo.policy import find_checkpoint, list_checkpoints, saved_step
@@ -57,6 +57,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (out / name).exists() and (out / name).stat().st_size > 0:
                 raise UserError(f"{out} has lost its config.json, or is no run: give another --out")
+    files.refuse_broken_link(out / "checkpoints")
     log.open()  # from here on no other process can take the folder
     final_step = saved_step(out / "final")
     had_checkpoints = bool(list_checkpoints(out / "checkpoints"))
@@ -78,11 +79,22 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         )
     if checkpoint is None and had_checkpoints:
         print(f"{out} has no whole checkpoint: training starts again", file=sys.stderr)
+    if checkpoint is None and not had_checkpoints and had_saved(out):
+        raise UserError(f"the checkpoints of {out} are gone: give another --out")
     step = saved_step(checkpoint) if checkpoint else 0
     files.write_json(out / "config.json", config)
     # The steps after the checkpoint run again, and are logged again.
     log.forget_after(step)
     return Progress(False, checkpoint, step)
+
+
+def had_saved(out: Path) -> bool:
+    """Say whether a run went on after the step at which it saved its first checkpoint."""
+    if not (out / "config.json").exists():
+        return False
+    save_every = files.read_json(out / "config.json").get("save_every")
+    steps = [step_of(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    return save_every is not None and max(steps, default=0) > save_every
 
 
 class RunLog:
@@ -131,7 +143,7 @@ class RunLog:
         self.metrics_file.flush()
         if self.tracker is not None:
             self.tracker.log(metrics, step=metrics["step"])
-        print(self.describe(metrics), flush=True)
+        command_line.print_line(self.describe(metrics))
 
     def finish_tracker(self) -> None:
         """Tell the tracker that the run has ended: trackio sends its last lines only then."""

@@ -54,11 +54,7 @@ def check_header(document: dict, name: str) -> dict:
     given = document.get("header")
     if not isinstance(given, dict):
         raise UserError(f'{name} has no "header": is it a values file of stage 1?')
-    header = {
-        "task": "math",
-        "dataset": name,
-        **problems.PLAIN.settings(),
-    }
+    header = {"task": "math", "dataset": name}
     header.update(given)
     # What stage 2 computes with, and what no default can replace.
     for field in ("beta1", "temperature", "max_prompt_tokens", "max_tokens"):
@@ -81,7 +77,9 @@ def check_header(document: dict, name: str) -> dict:
         header[field] = int(header[field])
     check_task(header, name)
     check_reference(header, name)
-    return header
+    template = problems.DATASETS[header["task"]].template
+    style = dataclasses.replace(problems.PLAIN, template=template)
+    return style.settings() | header
 
 
 def is_number(value: Any) -> bool:

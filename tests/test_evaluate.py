@@ -298,6 +298,31 @@ def test_results_do_not_replace_the_benchmark(tmp_path: Path) -> None:
         evaluate.load_benchmarks(args, {})
 
 
+def test_samples_replace_no_file_of_the_users(tmp_path: Path) -> None:
+    """A data set may have the name that a benchmark's samples get."""
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    evaluate.check_results(tmp_path, ["math500"])
+    with pytest.raises(UserError, match=r"gsm8k\.jsonl would be replaced"):
+        evaluate.check_results(tmp_path, ["math500", "gsm8k"])
+    (tmp_path / "gsm8k.jsonl.partial").mkdir()  # a kill came before the summary was written
+    evaluate.check_results(tmp_path, ["math500", "gsm8k"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "expected"),
+    [
+        ("", "math500", (1, 0.0)),
+        ("", "amc23", (32, 1.0)),
+        ("--temperature 0", "amc23", (1, 0.0)),
+        ("--temperature 0.6", "math500", (1, 0.6)),
+        ("--num-samples 4", "math500", (4, 1.0)),
+        ("--num-samples 1", "amc23", (1, 0.0)),
+    ],
+)
+def test_how_often_a_problem_is_asked(flags: str, task: str, expected: tuple[int, float]) -> None:
+    assert evaluate.how_to_sample(task, parse(*flags.split())) == expected
+
+
 def parse(*flags: str) -> object:
     return evaluate.make_parser().parse_args(flags)
 
@@ -362,7 +387,7 @@ def test_the_prompt_flags_are_part_of_the_header(model: Path) -> None:
 
 
 def benchmark(identity: dict) -> evaluate.Benchmark:
-    return evaluate.Benchmark(rows=[], prompts=[], identity=identity, remarks=[])
+    return evaluate.Benchmark([], [], num_samples=1, temperature=0.0, identity=identity, remarks=[])
 
 
 @pytest.mark.usefixtures("process_group")
@@ -371,7 +396,7 @@ def test_two_runs_with_one_out_keep_the_scores_of_both(
 ) -> None:
     """The other run finishes its benchmark while this one samples."""
     header = {"model": "m", "seed": 0}
-    benchmarks = {"mine": evaluate.Benchmark([], [], {"dataset_digest": "1"}, [])}
+    benchmarks = {"mine": evaluate.Benchmark([], [], 1, 0.0, {"dataset_digest": "1"}, [])}
 
     def scores(mean: float) -> dict:
         return dict.fromkeys(evaluate.SCORES, 0.0) | {"mean": mean, "pass_at_k": {"1": mean}}
@@ -438,6 +463,15 @@ BAD = {  # name: arguments, what the error says
     "negative samples": ("--num-samples=-1", "--num-samples"),
     "negative temperature": ("--temperature=-1", "--temperature"),
     "top-p over 1": ("--top-p 1.5", "--top-p"),
+    "equal samples": ("--temperature 0 --num-samples 4", "all 4 samples of a problem"),
+    "top-p of one greedy sample": (
+        "--top-p 0.9 --max-tokens 48",
+        "does nothing in greedy decoding",
+    ),
+    "top-p of greedy samples": (
+        "--top-p 0.9 --temperature 0 --max-tokens 48",
+        "does nothing in greedy decoding",
+    ),
     "system prompt alone": ("--system-prompt brief", "--chat-template"),
     "grade nothing": ("--grade {files}/none.jsonl", "none.jsonl"),
     "grade an empty file": ("--grade {files}/empty.jsonl", "empty.jsonl"),
@@ -445,6 +479,7 @@ BAD = {  # name: arguments, what the error says
     "grade without output": ("--grade {files}/column.jsonl", "row 1"),
     "grade ungradable answers": ("--grade {files}/outputs.jsonl", "answer that can be graded"),
     "grade a finish that is none": ("--grade {files}/finished.jsonl", '"finished"'),
+    "grade too large a number": ("--grade {files}/huge.jsonl", '"tokens" is not a number'),
 }
 
 
@@ -456,6 +491,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "ungradable.jsonl", [good | {"answer": ""}, good | {"answer": "{"}])
     write_lines(folder / "outputs.jsonl", [{"answer": "", "output": r"\boxed{}"}])
     write_lines(folder / "finished.jsonl", [{"answer": "1", "output": "1", "finished": "no"}])
+    write_lines(folder / "huge.jsonl", [{"answer": "1", "output": "1", "tokens": 10**400}])
     write_lines(folder / "empty.jsonl", [])
     (folder / "torn.jsonl").write_text('{"answer": "1", "output": "1"}\n{"answer": "1", "outp')
     return folder

@@ -38,7 +38,7 @@ from conftest import (
     write_lines,
 )
 
-from apo import engine, files, problems
+from apo import command_line, engine, files, problems
 from apo.files import UserError
 from apo.policy import find_checkpoint, saved_step
 
@@ -752,7 +752,7 @@ def test_one_rank_killed_ends_the_job_by_name_and_the_run_continues(
 # ---------------------------------------------------------------------------------------------
 # 5. Signals
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def interrupt(process: subprocess.Popen, number: signal.Signals) -> None:
@@ -768,8 +768,10 @@ def interrupt(process: subprocess.Popen, number: signal.Signals) -> None:
     [
         (INT, 1),
         pytest.param(TERM, 1, marks=many),
+        pytest.param(HUP, 1, marks=many),
         pytest.param(INT, 2, marks=many),
         pytest.param(TERM, 2, marks=many),
+        pytest.param(HUP, 2, marks=many),
     ],
 )
 def test_training_that_is_stopped_finishes_its_step_and_saves_it(
@@ -804,20 +806,60 @@ def test_training_that_is_stopped_finishes_its_step_and_saves_it(
     assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
 
 
-def test_second_signal_ends_training_at_once(command, tmp_path):
-    """Nothing is saved then. Another signal than the first, as the system merges equal ones."""
+@pytest.mark.parametrize("what", ["sent twice", "tee ended"])
+def test_a_stop_is_saved(what, command, tmp_path):
+    """`pkill` reaches a rank twice, once through its launcher. Ctrl-C also ends a `| tee log`."""
     out = tmp_path / "out"
     process = spawn(*command("train_online", out), "--save-every", "1000")
     try:
         wait_until(lambda: last_step(out) >= 1, process)
+        if what == "tee ended":
+            process.stdout.close()
+            process.stdout = None
+        else:
+            process.send_signal(TERM)
         process.send_signal(INT)
+        _, err = process.communicate(timeout=900)
+    finally:
+        kill(process)
+    assert process.returncode in (128 + INT, 128 + TERM) and err.count("Traceback") == 0, err
+    (saved,) = checkpoints(out)
+    assert saved_step(saved) == last_step(out)
+
+
+STOPPED = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from apo import command_line
+
+
+def main():
+    flag = command_line.StopFlag()
+    print("waiting", flush=True)
+    while True:
+        time.sleep(0.1)
+
+
+command_line.run(main)
+"""
+
+
+def test_a_second_stop_ends_training_at_once(tmp_path):
+    """But not one that comes with the first. The system merges equal ones, so they differ."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    process = spawn(script)
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(INT)
+        process.send_signal(TERM)
+        time.sleep(command_line.SECONDS_OF_ONE_STOP + 1)
+        assert process.poll() is None
         process.send_signal(TERM)
         result = finish(process)
     finally:
         kill(process)
-    assert result.code in (128 + INT, 128 + TERM), result.all
-    assert "Traceback" not in result.all, result.all
-    assert checkpoints(out) == [] and not (out / "final").exists()
+    assert result.code == 128 + TERM and "Traceback" not in result.all, result.all
 
 
 @many
@@ -998,7 +1040,7 @@ def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
 
 
 @many
-@pytest.mark.parametrize("number", [INT, TERM])
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
 def test_relaunched_script_ends_on_a_signal_with_its_code(number, tmp_path):
     script = tmp_path / "relaunched.py"
     script.write_text(RELAUNCHED)
@@ -1012,6 +1054,28 @@ def test_relaunched_script_ends_on_a_signal_with_its_code(number, tmp_path):
         kill(process)
     assert result.code == 128 + number, result.all
     assert "Traceback" not in result.all, result.all
+
+
+@many
+def test_nohup_outlives_its_terminal(tmp_path):
+    """torchrun would take SIGHUP for a stop signal, where `nohup` has set that it is ignored."""
+    script = tmp_path / "relaunched.py"
+    script.write_text(RELAUNCHED)
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    ignoring += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    process = spawn("-c", ignoring, script, "wait")
+    try:
+        both = process.stdout.read(2 * len("waiting\n"))
+        assert both.count("waiting") == 2, both
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, HUP)
+        _, alive = psutil.wait_procs(started, timeout=5)
+        assert len(alive) == len(started) == 2 and process.poll() is None
+        interrupt(process, TERM)
+        result = finish(process)
+    finally:
+        kill(process)
+    assert result.code == 128 + TERM, result.all
 
 
 # ---------------------------------------------------------------------------------------------

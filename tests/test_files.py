@@ -150,7 +150,7 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
             files.check_writable(tmp_path / name)
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
     for name in ("gone", "gone/values.json"):
-        with pytest.raises(UserError, match=r"is a link to .*unmounted, not there"):
+        with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):
             files.check_writable(tmp_path / name)
     with pytest.raises(UserError, match="stages 1 and 3 keep what is not finished"):
         files.check_writable(tmp_path / "values.json.partial" / "values.json")

@@ -185,6 +185,16 @@ def check_micro_batch(batch: MicroBatch, responses: list[Response]) -> None:
     assert batch.sampler_logp.tolist() == sampler_logp
 
 
+def test_small_differences_of_large_rewards_survive(process_group: None) -> None:
+    """float32 would make 100,000,001 - 100,000,000 to 0."""
+    responses = make_responses(2)
+    for response in responses:
+        response.numbers["v_star"] = 1e8
+        response.reward = 1e8 + 1
+    for batch in make_micro_batches(responses, 1.0, 1000):
+        assert (batch.rewards - batch.numbers["v_star"] == 1).all()
+
+
 def test_any_number_of_a_response_reaches_the_loss(process_group: None) -> None:
     """This is how an algorithm hands an advantage from its credit function to its loss."""
     responses = make_responses(5)

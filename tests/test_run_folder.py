@@ -81,6 +81,24 @@ def test_without_any_whole_model_it_starts_again_and_says_so(
     assert steps(out) == []
 
 
+def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(out: Path) -> None:
+    """They may only have been moved, or lie on a disk that is not mounted."""
+    config = files.read_json(out / "config.json")
+    files.write_json(out / "config.json", config | {"save_every": 2})
+    remove(out / "final")
+    (out / "checkpoints").rename(out.with_name("moved"))
+    with pytest.raises(UserError, match=r"the checkpoints of .* are gone"):
+        resume(out, save_every=2)
+    (out / "checkpoints").symlink_to(out.with_name("unmounted"))
+    with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):
+        resume(out, save_every=2)
+    assert steps(out) == [1, 2, 3, 4]
+    # A kill while the first checkpoint is being written: there was none before.
+    (out / "checkpoints").unlink()
+    files.write_json(out / "config.json", config | {"save_every": 4})
+    assert resume(out, save_every=4) == Progress(False, None, 0)
+
+
 @pytest.mark.parametrize("kept", ["final", "checkpoints"])
 def test_models_without_their_settings_are_refused(kept: str, out: Path) -> None:
     """Else a run could go on with another learning rate."""

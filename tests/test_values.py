@@ -50,6 +50,19 @@ def test_a_values_file_written_by_hand_is_complete(by_hand: dict, tmp_path: Path
     assert problems.reward(r"\boxed{3}", prompts[1].row) == 1.0
 
 
+def test_a_task_brings_its_template(by_hand: dict, tmp_path: Path) -> None:
+    """Evaluation writes new prompts, and must not ask for a box where the task does not."""
+    dataset = problems.Dataset("none", {}, question=str, answer=str, template="{question}\n")
+    problems.DATASETS["lines"] = dataset
+    try:
+        by_hand["header"]["task"] = "lines"
+        assert load(by_hand, tmp_path).style.template == "{question}\n"
+        by_hand["header"]["prompt_template"] = "Q: {question}"
+        assert load(by_hand, tmp_path).style.template == "Q: {question}"
+    finally:
+        del problems.DATASETS["lines"]
+
+
 def test_all_columns_of_a_row_come_back(by_hand: dict, tmp_path: Path) -> None:
     """A reward may need any column of the source, such as the numbers of a Countdown problem."""
     by_hand["prompts"][0]["row"] = {"numbers": [1, 2], "target": 3}
