@@ -293,12 +293,14 @@ def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: flo
 
 
 def title_of(results: list[dict], what: str, goal: str) -> str:
-    """Say in a picture's title which methods reached the goal first."""
-    best = best_methods(results, f"{what}_to", goal)
+    """Say in a picture's title which method reached the goal first, and if that is not clear."""
+    best = [label_of(method) for method in best_methods(results, f"{what}_to", goal)]
     if len(best) not in (1, 2):
         return f"Reward by {what}"
-    names = " and ".join(label_of(method) for method in best)
-    return f"Fewest {what} to reward {goal}:\n{names}"
+    title = f"Fewest {what} to reward {goal}: {best[0]}"
+    if len(best) == 2:
+        title += f",\nnot clearly fewer than {best[1]}"
+    return title
 
 
 def label_of(method: str) -> str:

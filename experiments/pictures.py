@@ -108,11 +108,11 @@ def draw_stages() -> None:
     # The loop of stage 2: the engine samples, the trainer updates.
     engine = "engine (vLLM): samples\nresponses from the policy,\nscores them"
     trainer = "trainer (FSDP): fits\nβ2 ln(policy / reference)\nto reward − V*"
-    draw_box(axes, (4.5, 0.7), engine, COLOURS[1])
-    draw_box(axes, (8.9, 0.7), trainer, COLOURS[1])
-    draw_arrow(axes, (6.2, 0.85), (7.2, 0.85), "rewards")
-    draw_arrow(axes, (7.2, 0.55), (6.2, 0.55), "weights", above=False)
-    for x in (4.5, 8.9):
+    draw_box(axes, (4.0, 0.7), engine, COLOURS[1])
+    draw_box(axes, (9.4, 0.7), trainer, COLOURS[1])
+    draw_arrow(axes, (5.7, 0.85), (7.7, 0.85), "responses, rewards")
+    draw_arrow(axes, (7.7, 0.55), (5.7, 0.55), "weights", above=False)
+    for x in (4.0, 9.4):
         axes.plot([x, 6.7], [1.25, 2.35], color="#bbbbbb", lw=1, ls="--")
     axes.text(6.7, 1.5, "in every step", ha="center", fontsize=8, color="#666666")
     save(figure, "stages.png")

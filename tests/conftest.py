@@ -24,6 +24,10 @@ from safetensors.torch import load_file
 from apo import command_line, engine, files, problems
 
 ROOT = Path(__file__).parent.parent
+# A process inherits which signals are ignored, but not who handles them. Under `nohup make test`,
+# what the tests start would not see SIGHUP.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 ENV = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
