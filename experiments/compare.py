@@ -350,6 +350,8 @@ def parse_args() -> argparse.Namespace:
     rates = "learning rates to try; one alone is used as it is, with the published KL weight"
     add("--rates", type=float, nargs="+", default=[1e-4, 2e-4], help=rates)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
+    no_seconds = "leave them out of table and picture, if other work ran beside some of the runs"
+    add("--no-seconds", action="store_true", help=no_seconds)
     add("--num-steps", type=number, default=100, help="rollouts of a run")
     add("--rollout-size", type=number, default=128, help="responses of a rollout")
     add("--eval-samples", type=number, default=64, help="responses to a test problem")
@@ -446,7 +448,8 @@ def write_results(
         results.append(row | sum_up(runs, args.goals, args.eval_samples))
         runs_of[setting.method] = runs
     files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
-    table = make_table(results, read_scores(args.work / "reference"))
+    costs = ["tokens"] if args.no_seconds else ["tokens", "seconds"]
+    table = make_table(results, read_scores(args.work / "reference"), costs)
     table += ["", "pass@1 of each seed", "", *table_of_seeds(runs_of), ""]
     for count in sorted({setting.value_samples for setting in folders_of} - {0}):
         table.append(describe_stage_1(values_file(args, count)))
@@ -455,7 +458,8 @@ def write_results(
     text = "\n".join(line.rstrip() for line in table) + "\n"
     files.write_text(args.out / f"{args.rows}.txt", text)
     if args.rows == "compare":
-        draw_comparison(runs_of, results, f"{max(args.goals):g}", args.out / "compare.png")
+        goal = f"{max(args.goals):g}"
+        draw_comparison(runs_of, results, costs, goal, args.out / "compare.png")
     elif args.rows == "off-policy" and not args.only:
         draw_off_policy(results, args.out / "off-policy.png")
 

@@ -49,6 +49,16 @@ LABELS = {
     "ppo": "PPO",
 }
 
+
+class Unit(NamedTuple):
+    """In what something is counted in tables and pictures."""
+
+    name: str
+    size: float
+
+
+UNITS = {"tokens": Unit("millions of tokens", 1e6), "seconds": Unit("seconds", 1.0)}
+
 # ---------------------------------------------------------------------------------------------
 # Reading
 
@@ -152,15 +162,17 @@ def sum_up(runs: list[Run], goals: list[float], eval_samples: int) -> dict:
     return row
 
 
-def make_table(results: list[dict], reference: Scores) -> list[str]:
-    """Write the results as text: what each method has in the end, and what each goal took."""
+def make_table(results: list[dict], reference: Scores, costs: Sequence[str]) -> list[str]:
+    """Write the results as text: what each method has in the end, and what each goal took.
+
+    `costs` are the names of UNITS that are wanted.
+    """
     lines = ["In the end (mean ± standard error over the seeds)", ""]
     lines += table_of_scores(results, reference)
     title = "stage 1 included: in all, and to each reward (- unless every run reached it)"
-    lines += ["", f"millions of tokens, {title}", ""]
-    lines += table_of_costs(results, "tokens", 1e6)
-    lines += ["", f"seconds, {title}", ""]
-    lines += table_of_costs(results, "seconds", 1.0)
+    for what in costs:
+        lines += ["", f"{UNITS[what].name}, {title}", ""]
+        lines += table_of_costs(results, what, UNITS[what].size)
     return lines
 
 
@@ -259,18 +271,26 @@ def best_methods(results: list[dict], key: str, goal: str) -> list[str]:
 
 
 def draw_comparison(
-    runs_of: dict[str, list[Run]], results: list[dict], goal: str, out: Path
+    runs_of: dict[str, list[Run]],
+    results: list[dict],
+    costs: Sequence[str],
+    goal: str,
+    out: Path,
 ) -> None:
-    """Draw the reward of all methods, with a band of one standard error, against what was spent."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 4), sharey=True, layout="constrained")
-    draw_rewards(panels[0], runs_of, "tokens", 1e6)
-    draw_rewards(panels[1], runs_of, "seconds", 1.0)
-    panels[0].set_title(title_of(results, "tokens", goal), fontsize=9, loc="left")
-    panels[1].set_title(title_of(results, "seconds", goal), fontsize=9, loc="left")
-    panels[0].set_xlabel("millions of tokens, stage 1 included", fontsize=8.5)
-    panels[1].set_xlabel("seconds, stage 1 included", fontsize=8.5)
-    panels[0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
-    name_lines(panels[1], list(runs_of))
+    """Draw the reward of all methods, with a band of one standard error, against what was spent.
+
+    There is a panel for each of `costs`, which are names of UNITS.
+    """
+    size = (2.6 + 2.8 * len(costs), 4)
+    figure, panels = pyplot.subplots(
+        1, len(costs), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, what in zip(panels[0], costs, strict=True):
+        draw_rewards(axes, runs_of, what, UNITS[what].size)
+        axes.set_title(title_of(results, what, goal), fontsize=9, loc="left")
+        axes.set_xlabel(f"{UNITS[what].name}, stage 1 included", fontsize=8.5)
+    panels[0][0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
+    name_lines(panels[0][-1], list(runs_of))
     figure.savefig(out, dpi=200)
     pyplot.close(figure)
 
