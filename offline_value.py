@@ -249,13 +249,13 @@ def check_context(args: argparse.Namespace) -> int:
     return max_model_len
 
 
-def read_finished(out: Path, identity: dict) -> dict | None:
-    """Read the values file if an earlier run has made it.
+def is_finished(out: Path, identity: dict) -> bool:
+    """Say whether another run has made the values file, and print its summary. For rank 0.
 
     Raises UserError that names the difference if it was made with other settings.
     """
     if not out.exists():
-        return None
+        return False
     values = files.read_json(out)
     if not isinstance(values.get("header"), dict) or not isinstance(values.get("prompts"), list):
         raise UserError(f"{out} is not a values file: give another --out, or remove it")
@@ -268,7 +268,8 @@ def read_finished(out: Path, identity: dict) -> dict | None:
             raise UserError(f'{out}: "{name}" in its header is {value!r}: give another --out')
     engine.remove_partial(out)  # a kill may have come just before its removal
     print(f"{out} is finished: nothing to do")
-    return values
+    print_summary(values["header"], values["prompts"])
+    return True
 
 
 def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int) -> list[Prompt]:
@@ -371,10 +372,7 @@ def main() -> None:
     # An earlier run may have finished the file, and any other run's file is refused.
     out = Path(args.out)
     identity = make_identity(args, rows, style)
-    finished = engine.on_rank_0(read_finished, out, identity)
-    if finished is not None:
-        if rank == 0:
-            print_summary(finished["header"], finished["prompts"])
+    if engine.on_rank_0(is_finished, out, identity):
         return
 
     # One engine for each rank. It has the tokenizer, so the prompts can be made and measured now.
@@ -386,10 +384,7 @@ def main() -> None:
         args.tensor_parallel_size,
     )
     # Another run may have finished the file while this one started its engine.
-    finished = engine.on_rank_0(read_finished, out, identity)
-    if finished is not None:
-        if rank == 0:
-            print_summary(finished["header"], finished["prompts"])
+    if engine.on_rank_0(is_finished, out, identity):
         engine.stop_engine(llm)
         return
     prompts = fitting_prompts(llm, rows, style, args.max_prompt_tokens)

@@ -491,8 +491,8 @@ def plain_update(lm: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
             gap += (tokens - torch.tensor(response.sampler_logp)).abs().sum().item()
         logp = torch.stack(logps)
         lengths = torch.tensor([len(response.ids) for response in responses])
-        rewards = torch.tensor([response.reward for response in responses]).double()
-        v_star = torch.tensor([response.numbers["v_star"] for response in responses]).double()
+        rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
+        v_star = torch.tensor([r.numbers["v_star"] for r in responses], dtype=torch.float64)
         loss = losses.a_star_po_loss(logp, -4.0 * lengths, rewards, v_star, BETA2)
         loss.backward()
         metrics["loss"] += loss.item() / 2
@@ -517,8 +517,8 @@ def assert_same_weights(weights: dict, expected: torch.nn.Module, start: torch.n
         expected_moves.append((parameter - before[name]).detach().flatten())
     move = torch.cat(moves)
     expected_move = torch.cat(expected_moves)
-    assert (move - expected_move).norm() < 5e-3 * expected_move.norm()
-    assert ((move - expected_move).abs() < 5e-4).double().mean() > 0.99
+    assert (move - expected_move).norm() < 2e-3 * expected_move.norm()
+    assert ((move - expected_move).abs() < 1e-4).double().mean() > 0.99
 
 
 def assert_same_metrics(metrics: dict[str, float], expected: dict[str, float]) -> None:
