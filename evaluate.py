@@ -1,8 +1,8 @@
 """Stage 3: score a model on benchmarks, mean@n and pass@k with standard errors.
 
 As in the paper, each problem of the large sets gets one answer, and each of AMC, AIME and HMMT gets
-32 samples, since 30 or 40 answers would tell little. That the one is greedy and the 32 are drawn at
-temperature 1 is our choice. What is printed:
+32 samples, since 30 or 40 answers would tell little. The single answer is greedy, and the 32 are
+drawn at temperature 1: this we chose ourselves. What is printed:
 
 - mean: the mean reward in percent, with its standard error over the problems. With rewards of 0 and
   1 it is the accuracy. A response that does not end within --max-tokens counts as wrong, as in
@@ -279,7 +279,8 @@ def make_header(args: argparse.Namespace, style: PromptStyle) -> dict:
     """Collect all that decides what is sampled, except the benchmark itself.
 
     A second start with another header is refused, so that no table mixes two settings. `style` is
-    that of the flags or the training; a benchmark's own template stands beside its scores.
+    the same for all benchmarks. A benchmark's own template is saved with its scores instead; see
+    Benchmark.identity.
     """
     return {
         "model": args.model,
@@ -386,8 +387,8 @@ def room_for_prompt(args: argparse.Namespace) -> int:
     folder = files.model_folder(args.model)
     room = files.context_length(folder) - args.max_tokens
     # With longrope or dynamic rope scaling, vLLM computes all positions in another way as soon as
-    # texts longer than exact_length are possible. No text in training was longer than that. So here
-    # too, prompt and response together stay within it, if --max-tokens leaves room for a prompt.
+    # texts longer than exact_length are possible. Training stayed within exact_length, so
+    # evaluation does too. Only if --max-tokens alone is more than that, the whole context is used.
     room_as_trained = self_check.exact_length(self_check.read_config(folder)) - args.max_tokens
     if room_as_trained >= 1:
         room = min(room, room_as_trained)
@@ -408,10 +409,10 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
     summary = files.read_json(path)
     done = summary.get("benchmarks")
     if not isinstance(summary.get("header"), dict) or not isinstance(done, dict):
-        raise UserError(f"{path} is not a summary: give another --out, or remove it")
+        raise UserError(f"{path} is not a summary: give another --out")
     for name, scores in done.items():
         check_scores(scores, f"{path}, {name}")
-    what = f"{path} (give another --out, or remove it)"
+    what = f"{path} (give another --out)"
     files.refuse_difference(what, summary["header"], without_path(header))
     for name in benchmarks.keys() & done.keys():
         files.refuse_difference(f"{name} in {what}", done[name], benchmarks[name].identity)
@@ -419,23 +420,26 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
 
 
 def check_results(out: Path, names: list[str]) -> None:
-    """Raise UserError if a file that is not ours has the name under which samples are to be saved.
+    """Raise UserError if a user's file has a name under which samples are to be saved.
 
-    Ours are named in summary.json, or a kill has left their partial folder.
+    `names` are benchmarks that summary.json does not list. A file of theirs is ours only if a kill
+    has left its partial folder beside it.
     """
     for name in names:
         path = out / f"{name}.jsonl"
         if path.exists() and not engine.partial_folder(path).exists():
-            raise UserError(f"{path} would be replaced, and is not from here: give another --out")
+            raise UserError(
+                f"{path} would be replaced, but no summary.json names it: give another --out"
+            )
 
 
 def check_scores(scores: Any, where: str) -> None:
     """Raise UserError for scores that print_table could not have printed."""
     if not isinstance(scores, dict):
-        raise UserError(f"{where} has no scores: give another --out, or remove it")
+        raise UserError(f"{where} has no scores: give another --out")
     pass_at = scores.get("pass_at_k")
     if not isinstance(pass_at, dict):
-        raise UserError(f'{where} has no "pass_at_k": give another --out, or remove it')
+        raise UserError(f'{where} has no "pass_at_k": give another --out')
     numbers = {f"pass@{k}": value for k, value in pass_at.items()}
     for name in SCORES:
         numbers[name] = scores.get(name)

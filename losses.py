@@ -55,8 +55,8 @@ def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
     V* is beta1 ln(m) with m the mean of w = exp(r / beta1), so by the delta method its standard
     error is beta1 / m times that of m. Two responses with the rewards 0 and 1 are added first
     (Laplace's rule), because two equal rewards do not make a prompt certain: k of N right counts as
-    the success rate (k + 1) / (N + 2). The spread of all N + 2 is divided by sqrt(N). Rewards
-    should lie between 0 and 1.
+    the success rate (k + 1) / (N + 2). The spread of all N + 2 is divided by sqrt(N), since
+    only N were sampled. Rewards should lie between 0 and 1.
     Example: beta1 = 0.5: 0 of 2, 1 of 2, 2 of 2, 0 of 12 right -> 0.38, 0.27, 0.17, 0.16.
 
     Raises ValueError in the same cases as `optimal_value`, and returns the same dtype.

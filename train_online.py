@@ -62,7 +62,7 @@ from apo.policy import (
     save_checkpoint,
 )
 from apo.problems import Prompt
-from apo.run_folder import RunLog, open_run
+from apo.run_folder import HAS_CHECKPOINTS, RunLog, open_run
 from apo.values import Values, load_values, make_prompts
 
 EXAMPLES = """examples:
@@ -79,7 +79,8 @@ class Algorithm(NamedTuple):
 
     `a_star_po` is the one of the paper, and needs only a loss: V* is in MicroBatch.numbers for
     every algorithm. experiments/baselines.py has others, and shows what each needs beside its loss.
-    Add yours next to `a_star_po`, which baselines.py and the tests use too.
+    Add yours next to `a_star_po`, which baselines.py and the tests use too. What you need from
+    baselines.py you must move here, since that file imports this one.
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
@@ -180,8 +181,8 @@ def update(
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist(), strict=True))
     metrics["grad_norm"] = grad_norm.item() / len(updates)
-    # The statistics and logprob_gap are sums so far. kl_per_token comes first, because the `for`
-    # below makes a mean over the sequences of the log-ratio.
+    # The statistics and logprob_gap are sums so far. kl_per_token needs the sum of the
+    # log-ratios, so it is computed before the `for` below turns that sum into a mean.
     first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
@@ -333,7 +334,8 @@ def timed(metrics: dict[str, Any], name: str) -> Iterator[None]:
 def next_batch(prompts: list[Prompt], batch_size: int, seed: int, step: int) -> list[Prompt]:
     """Return the prompts of step 1, 2, ...; they follow from seed and step alone.
 
-    An epoch is a seeded shuffle of all prompts. What does not fill a batch is left out of it.
+    An epoch is a seeded shuffle of all prompts. Prompts at its end that do not fill a batch are
+    left out of that epoch.
     """
     batches_per_epoch = len(prompts) // batch_size
     epoch, batch = divmod(step - 1, batches_per_epoch)
@@ -435,6 +437,7 @@ def save_step(run: Run, args: argparse.Namespace, step: int) -> None:
     folder = Path(args.out, "checkpoints")
     save_checkpoint(folder / f"step-{step}", step, run.policy, run.optimizer, run.reference_folder)
     if dist.get_rank() == 0:
+        Path(args.out, HAS_CHECKPOINTS).touch()
         remove_old_checkpoints(folder, args.keep_checkpoints)
 
 
@@ -563,8 +566,10 @@ def load_models(
     """Load the policy, from a checkpoint if there is one, and the reference.
 
     Training changes the policy. It is in float32, and takes 16 bytes per parameter with its
-    gradient and AdamW's two moments, shared out over the GPUs. The reference is in bf16 and never
-    changes. With --lora-rank only the adapters change, and the policy is its own reference.
+    gradient and AdamW's two moments, shared out over the GPUs. The reference never changes. It is
+    kept in COMPUTE_DTYPE, bf16 on GPUs. FSDP runs the policy in that dtype too, so at the start the
+    two compute the same numbers. With --lora-rank only the adapters change, and the policy is its
+    own reference.
     """
     mesh = make_mesh()
     checkpointing = args.gradient_checkpointing
@@ -674,7 +679,10 @@ def default_eval_dataset(training_set: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Describe the flags. The defaults are the published MATH run."""
+    """Describe the flags. The defaults are the published MATH run.
+
+    baselines.py and other experiments take these flags and defaults, and add their own.
+    """
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
     add = parser.add_argument_group("the run").add_argument
     add("--values", default="values/math.json", help="the values file of stage 1")

@@ -76,9 +76,9 @@ def launch(tensor_parallel_size: int = 1) -> None:
 
     if num_gpus > 0:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Objects and barriers travel over gloo, tensors on GPUs over NCCL. NCCL gives up on a rank that
-    # hangs after torch's default time, 30 minutes. gloo waits 48 times as long, a day: one rank may
-    # finish its sampling hours before another.
+    # Objects and barriers travel over gloo, tensors on GPUs over NCCL. NCCL gives up when a rank
+    # has hung for 30 minutes (torch's 10 minutes hold only where NCCL is the one backend). gloo
+    # waits 48 times as long, a day: one rank may finish its sampling hours before another.
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo")
     gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(48 * torch.distributed.default_pg_timeout)
@@ -250,7 +250,8 @@ def release_cache(llm: Any) -> None:
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests() or core.batch_queue:
         llm.llm_engine.step()
-    llm.sleep(level=0)  # stops the scheduler
+    # This frees nothing: it stops the scheduler, as release_kv_cache_memory requires.
+    llm.sleep(level=0)
     llm.release_kv_cache_memory()
 
 
@@ -261,7 +262,7 @@ def restore_cache(llm: Any) -> None:
     if has_sleep_mode(llm):
         # The engine takes it from the driver, so torch must give back what it no longer uses.
         torch.cuda.empty_cache()
-        llm.wake_up(tags=["kv_cache"])
+        llm.wake_up(tags=["kv_cache"])  # this starts the scheduler as well
 
 
 def stop_engine(llm: Any) -> None:

@@ -83,9 +83,10 @@ class LoraPolicy(Policy):
 class Reference:
     """The policy with its adapters off: the model before training. It is called as a policy is.
 
-    peft's own switch, disable_adapter, also sets requires_grad. FSDP keeps that twice, for slices
-    and for gathered weights, and after the switch the two can disagree: adapters then get no
-    gradient. So the scale is 0 for a while instead: W x + 0 B A x is exactly W x.
+    peft's own switch, disable_adapter, also sets requires_grad. FSDP has two copies of each
+    parameter, the slice and the gathered one, each with its own requires_grad. After the switch the
+    two can disagree: adapters then get no gradient. So the scale is 0 for a while instead:
+    W x + 0 B A x is exactly W x.
     """
 
     def __init__(self, policy: LoraPolicy) -> None:

@@ -1,4 +1,4 @@
-r"""Comparing two expressions by algebra: are they equal at some points?
+r"""Comparing two expressions by algebra: are they equal at each of a few test points?
 
     by_algebra("(x+1)^2", "x^2+2x+1")  ->  True
     by_algebra("2^{2008}-2", "2^{2008}")  ->  False: values that are close are not equal
@@ -81,7 +81,10 @@ def are_equal(golds: list[Any], preds: list[Any]) -> bool:
 
 
 def is_equal(a: Any, b: Any) -> bool:
-    """Compare rational numbers exactly, others to 50 digits more than `size` counts."""
+    """Compare rational numbers exactly, others to 50 digits more than `size` counts.
+
+    They are computed to 100 more, since computing may lose some of the last ones.
+    """
     from sympy import Rational
 
     if a.is_Rational and b.is_Rational:

@@ -43,12 +43,12 @@ Algebra = Callable[[str, str], bool | None]
 
 def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
     """Say whether two pieces of LaTeX are equal; None if `algebra` leaves it open."""
-    # 81,256 is read as a number further on, but it may be the list 81, 256 as well.
+    # If the answer is the list `81, 256`, `81,256` is right. Further on it is read as 81256.
     if box.strip() in (gold.strip(), re.sub(r",\s+", ",", gold.strip())):
         return True
-    # Some patterns take time quadratic in the length.
     gold = expand_characters(gold)
     box = expand_characters(box)
+    # Some patterns below take time quadratic in the length.
     if max(len(gold), len(box)) > LONGEST:
         return False
     gold = spell(gold)
@@ -140,7 +140,7 @@ def compare_equations(golds: list[str], preds: list[str], algebra: Algebra) -> b
     # 5 accepts x=5 and x+y=5, but not 2x=5.
     if len(preds) > 1 and says_what(preds[0]):
         preds = preds[1:]
-    # 5 accepts 2+3=5 and rejects 6=5: everything else must have the value.
+    # All sides that are left must equal the answer: 5 accepts 2+3=5 and rejects 6=5.
     return all_of(compare(golds[0], pred, algebra) for pred in preds)
 
 
@@ -180,6 +180,8 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
         return False
     if same_words(gold, pred):
         return True
+    if gold_unit.startswith("base ") or pred_unit.startswith("base "):
+        return gold.upper() == pred.upper()  # in 3e8 the e is a digit
     a = number(gold)
     b = number(pred)
     if a is not None and b is not None:

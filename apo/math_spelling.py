@@ -158,7 +158,8 @@ def read_numbers(text: str) -> str:
     repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
-    return re.sub(r"(?<=\d)E\+?(?=-?\d)", "e", text)
+    # But in 3E8_{16} the E is a digit.
+    return re.sub(r"(?<=\d)E\+?(?=-?\d)(?![\dA-Z]*\)?_)", "e", text)
 
 
 def join_thousands(text: str) -> str:

@@ -136,12 +136,14 @@ def num_adapter_parameters(size: ModelSize, lora_rank: int) -> int:
 
 
 def layer_bytes(size: ModelSize, all_trained: bool) -> int:
-    """Return what a layer keeps of each token for its backward pass, in bf16 if not said otherwise.
+    """Return what a layer keeps of each token for its backward pass, in bytes.
 
-    The hidden state counts eight times: each of the two norms keeps it once as float32, which
-    counts twice, and twice as bf16. A norm that is not trained keeps one bf16 copy less. Queries
-    and the attention's result are kept, keys and values, and four tensors of the MLP. In float32
-    are the attention's normaliser of each head, and a number of each norm.
+    In bf16: the inputs of norms, attention and MLP.
+    - Each of the two norms keeps the hidden state once in float32, which counts as two bf16 copies,
+      and twice in bf16: 2 * (2 + 2) = 8 copies. If it is not trained, one bf16 copy less: 6.
+    - The attention keeps queries and its result, keys and values.
+    - The MLP keeps four tensors.
+    In float32: the attention's normaliser of each head, and one number of each norm.
     """
     hidden = (8 if all_trained else 6) * size.hidden
     width = size.num_heads * size.head_size
@@ -167,14 +169,18 @@ def activations(size: ModelSize, setup: Setup) -> int:
     root_weights = 2 * size.root_parameters
     layer_weights = 2 * size.layer_parameters
     gathered = root_weights + (layer_weights if is_sharded else 0)
-    # Several machines keep the reduced gradients of all layers until the backward pass has ended.
+    # With several machines, FSDP averages a layer's gradient in a buffer, and keeps it until the
+    # backward pass has ended. From the second micro-batch on it lies beside the sum of the earlier
+    # ones, which is in Budget.gradients.
     reduced = 0
     if setup.num_machines > 1 and all_trained:
         reduced = 4 * size.layer_parameters // setup.gpus_per_machine
 
-    # At the head: a chunk of float32 logits three times and the head's gradient, or that gradient
-    # three times. The last norm keeps four states, and the rows that the head reads are one more.
-    # The rotary positions are the same in all layers.
+    # At the head, one of two moments is the largest. First there are three float32 tensors of a
+    # chunk: logits, their log-softmax and its gradient; beside them is the head's gradient. Then
+    # there are three gradients of the head: of the earlier chunks, of this one, and their sum. The
+    # last norm keeps four states, and the rows that the head reads are one more. The rotary
+    # positions are the same in all layers.
     chunk = 3 * 4 * CHUNK * size.vocabulary
     head_gradient = 2 * size.vocabulary * size.hidden
     logits = chunk
@@ -183,12 +189,13 @@ def activations(size: ModelSize, setup: Setup) -> int:
     rotary = 4 * tokens * size.head_size
     at_head = gathered + kept + 5 * state + rotary + logits
 
-    # In a layer: its float32 gradient is being reduced, and the head's gradient waits. Of the MLP,
-    # two gradients are there at once.
+    # In a layer: its float32 gradient is being reduced, and the head's gradient waits.
     if setup.gradient_checkpointing:
-        # With every layer a hidden state goes, and with several machines a reduced gradient comes.
+        # Going back by one layer frees one state, and with several machines adds one reduced
+        # gradient. So the most is kept at the last layer, which comes first, or at the first.
         kept = layer + max(states, state + (size.num_layers - 1) * reduced)
-    # Two bf16 gradients as wide as the MLP. The 2.5 bytes were fitted to the simulation.
+    # Two bf16 gradients as wide as the MLP are there at once. The 2.5 bytes were fitted to the
+    # simulation.
     in_layer = tokens * (4 * size.intermediate + 2.5 * size.hidden)
     # `gathered` has the next layer's weights, `layer_weights` are this layer's.
     at_layer = gathered + layer_weights + kept + in_layer

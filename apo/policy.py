@@ -54,8 +54,8 @@ class MicroBatch:
     responses: list[Response]  # B of them
     inputs: dict[str, Any]  # arguments of Policy.forward, on the CPU: FSDP moves them to the GPU
     lengths: Tensor  # (B,) response tokens of each sequence; it stays on the CPU
-    rewards: Tensor  # (B,) float32
-    numbers: dict[str, Tensor]  # (B,) each: what Response.numbers holds, such as "v_star"
+    rewards: Tensor  # (B,) float64
+    numbers: dict[str, Tensor]  # (B,) float64 each: what Response.numbers holds, as "v_star"
     sampler_logp: Tensor | None  # (R,) ln pi by the engine, where it was asked for
     weight: float  # 1; or 0 for a copy that only keeps this rank in step with the others
     num_sequences: int  # in the whole update, over all its micro-batches and ranks
@@ -231,10 +231,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, in the form that transformers calls.
 
-    Takes (1, heads, T, dim) and returns (1, T, heads, dim). The attention functions of
-    transformers guess from the positions where a packed sequence begins, and only if there is
-    neither a cache nor a mask. If they do not guess, each sequence also attends to those before it,
-    and nothing warns of it. So the bounds are given here.
+    Takes (1, heads, T, dim) and returns (1, T, heads, dim). It is given the bounds of the
+    sequences. transformers' own attention functions guess them from position_ids, and do so only
+    without a cache and a mask. Where they do not, each sequence also attends to those before it,
+    and nothing warns of it.
     """
     # (T, heads, dim)
     query = query[0].transpose(0, 1)
@@ -381,8 +381,9 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
     in COMPUTE_DTYPE; gradients are averaged over the ranks in float32.
 
     On a CPU, memory is cheap and gathering is slow, so gathered weights are kept. On a GPU they are
-    freed after the forward pass. FSDP must be told so (`reshard_after_forward`): by default it
-    keeps the last module's, and with them the embedding and the head of the reference.
+    freed after the forward pass (`reshard_after_forward`). By default FSDP would keep those of the
+    outermost module, which are the embedding and the head, until the backward pass; but the
+    reference has none.
     """
     options = {
         "mesh": mesh,

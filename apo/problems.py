@@ -314,7 +314,10 @@ class MissingColumnError(KeyError):
 
 
 class Columns(dict):
-    """A row whose missing columns have an error of their own, unlike a task's own dicts."""
+    """A row that raises MissingColumnError for a missing column.
+
+    So a KeyError from another dict, in the task's own functions, is not mistaken for it.
+    """
 
     def __missing__(self, name: str) -> Any:
         """Raise the error; Python calls this for a key that is not there."""
@@ -352,9 +355,9 @@ def make_row(
 def as_json(row: dict, where: str) -> dict:
     """Return a row as it comes back from a JSON file.
 
-    Stage 2 reads its rows from one, and every stage must show the reward the same: a list for a
-    tuple, and text for an exact decimal or a date. Raises UserError for what cannot be written,
-    such as a set or a picture.
+    Stage 2 reads its rows from one, and the reward function must get the same row in every stage: a
+    list in place of a tuple, and text in place of an exact decimal or a date. Raises UserError for
+    what cannot be written, such as a set or a picture.
     """
 
     def write(value: Any) -> str:

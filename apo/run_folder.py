@@ -15,8 +15,9 @@ from apo.engine import Response
 from apo.files import UserError
 from apo.policy import find_checkpoint, list_checkpoints, saved_step
 
-# What may be different on --resume: how long the run is, where its files lie, what it saves and
-# reports, and how it uses memory and hardware. Nothing here changes what is computed.
+# What may be different on --resume: how long the run is, where its files lie, what it saves, and
+# how it uses memory and hardware. Nothing here changes what is computed. Everything else must stay,
+# even --eval-every, so that the curve of accuracy has even steps.
 FREE_ON_RESUME = (
     "resume",
     "out",
@@ -36,6 +37,11 @@ FREE_ON_RESUME = (
     "gpu_memory_utilization",
     "tensor_parallel_size",
 )
+
+
+# An empty file in the run's folder, written with the first checkpoint. Without it, a run that was
+# stopped early could not be told from one whose checkpoints were moved away.
+HAS_CHECKPOINTS = "has_checkpoints"
 
 
 class Progress(NamedTuple):
@@ -79,22 +85,14 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         )
     if checkpoint is None and had_checkpoints:
         print(f"{out} has no whole checkpoint: training starts again", file=sys.stderr)
-    if checkpoint is None and not had_checkpoints and had_saved(out):
+        (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
+    if not had_checkpoints and final_step is None and (out / HAS_CHECKPOINTS).exists():
         raise UserError(f"the checkpoints of {out} are gone: give another --out")
     step = saved_step(checkpoint) if checkpoint else 0
     files.write_json(out / "config.json", config)
     # The steps after the checkpoint run again, and are logged again.
     log.forget_after(step)
     return Progress(False, checkpoint, step)
-
-
-def had_saved(out: Path) -> bool:
-    """Say whether a run went on after the step at which it saved its first checkpoint."""
-    if not (out / "config.json").exists():
-        return False
-    save_every = files.read_json(out / "config.json").get("save_every")
-    steps = [step_of(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
-    return save_every is not None and max(steps, default=0) > save_every
 
 
 class RunLog:

@@ -44,7 +44,7 @@ LARGEST_PACKING_ERROR = 1e-3
 LARGEST_CHECK_GAP = LARGEST_GAP if ON_GPU else 1e-4
 # The folders of this repository's own code.
 OUR_CODE = (Path(__file__).parent, Path(__file__).parent.parent)
-# What each engine samples for the check, and how many of all responses rank 0 computes again.
+# Responses that are sampled for each rank. Of all of them, rank 0 computes this many again.
 NUM_RESPONSES = 4
 NUM_TOKENS = 16
 # They are packed as in a step, at the default of --micro-batch-tokens.
@@ -188,7 +188,7 @@ def find_length_dependence(config: dict[str, Any], longest: int) -> str | None:
 
 
 def exact_length(config: dict[str, Any]) -> float:
-    """Return up to which length of a sequence the rotary positions do not depend on it."""
+    """Return the longest sequence whose rotary positions do not depend on its length, or inf."""
     name = "original_max_position_embeddings"
     for part in parts_of(config):
         for rope in parts_of(part.get("rope_parameters") or part.get("rope_scaling") or {}):

@@ -515,6 +515,16 @@ def test_run_continues_from_the_checkpoint_before_a_damaged_one(run, two_steps):
     assert_same("train_online", out, two_steps.base)
 
 
+def test_run_whose_checkpoints_were_moved_away_keeps_its_logs(run, two_steps):
+    """They may lie on a disk that is not mounted: a run from the start is not what was meant."""
+    out = two_steps.out
+    (out / "checkpoints").rename(out.with_name("moved"))
+    (out / "final").rename(out.with_name("final"))
+    result = run(*two_steps.command)
+    assert result.code == 2 and "are gone" in only_error(result), result.all
+    assert read_metrics(out) == read_metrics(two_steps.base)
+
+
 @many
 def test_run_with_nothing_whole_left_says_so_and_starts_again(run, two_steps):
     out = two_steps.out

@@ -10,7 +10,7 @@ import pytest
 
 from apo import files, policy
 from apo.files import UserError
-from apo.run_folder import Progress, RunLog, open_run
+from apo.run_folder import HAS_CHECKPOINTS, Progress, RunLog, open_run
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def out(tmp_path: Path) -> Path:
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 5)]
     for name in ("metrics.jsonl", "samples.jsonl"):
         (out / name).write_text("".join(lines))
+    (out / HAS_CHECKPOINTS).touch()
     for name, step in (("checkpoints/step-2", 2), ("checkpoints/step-4", 4), ("final", 4)):
         (out / name).mkdir(parents=True)
         (out / name / "model.safetensors").write_text("weights")
@@ -79,24 +80,30 @@ def test_without_any_whole_model_it_starts_again_and_says_so(
     assert resume(out) == Progress(False, None, 0)
     assert "has no whole checkpoint: training starts again" in capsys.readouterr().err
     assert steps(out) == []
+    assert resume(out) == Progress(False, None, 0), "killed at once, and started once more"
 
 
 def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(out: Path) -> None:
     """They may only have been moved, or lie on a disk that is not mounted."""
-    config = files.read_json(out / "config.json")
-    files.write_json(out / "config.json", config | {"save_every": 2})
     remove(out / "final")
     (out / "checkpoints").rename(out.with_name("moved"))
     with pytest.raises(UserError, match=r"the checkpoints of .* are gone"):
-        resume(out, save_every=2)
+        resume(out)
+    (out / "checkpoints").mkdir()  # where the disk would be mounted
+    with pytest.raises(UserError, match=r"the checkpoints of .* are gone"):
+        resume(out)
+    (out / "checkpoints").rmdir()
     (out / "checkpoints").symlink_to(out.with_name("unmounted"))
     with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):
-        resume(out, save_every=2)
+        resume(out)
     assert steps(out) == [1, 2, 3, 4]
-    # A kill while the first checkpoint is being written: there was none before.
-    (out / "checkpoints").unlink()
-    files.write_json(out / "config.json", config | {"save_every": 4})
-    assert resume(out, save_every=4) == Progress(False, None, 0)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(out: Path) -> None:
+    remove(out / "final")
+    shutil.rmtree(out / "checkpoints")
+    (out / HAS_CHECKPOINTS).unlink()
+    assert resume(out) == Progress(False, None, 0)
 
 
 @pytest.mark.parametrize("kept", ["final", "checkpoints"])
