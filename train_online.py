@@ -486,7 +486,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
         step = max(run.last_step, args.num_steps)
         save_checkpoint(folder, step, run.policy, None, run.reference_folder)
     if dist.get_rank() == 0:
-        print(f"grading: {math_reward.counts}")
+        command_line.print_line(f"grading: {math_reward.counts}")
         run.log.finish_tracker()
     engine.stop_engine(run.llm)
     if stopped_by:

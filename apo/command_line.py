@@ -20,6 +20,7 @@ from apo.files import UserError
 LOWEST_TEMPERATURE = 0.01  # vLLM silently raises what is below it
 LARGEST_SEED = 2**32 - 1  # of numpy's generator, which vLLM seeds as well
 SECONDS_FOR_RANK_0 = 10  # to say what is wrong and to end, before another rank says it
+SECONDS_FOR_MESSAGES = 0.5
 # Signals that come within so many seconds are one request to stop. `pkill` reaches the ranks and
 # their launcher, which sends it to the ranks once more.
 SECONDS_OF_ONE_STOP = 3
@@ -181,6 +182,20 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        let_messages_end()
+
+
+def let_messages_end() -> None:
+    """Give the thread that sends messages between ranks the time to free the last one.
+
+    For that it needs the interpreter. If Python is already shutting down, the thread is ended in
+    the middle of it, and the process aborts with exit code 134. destroy_process_group would wait
+    for that thread, but on GPUs for the other ranks as well, which may not come.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        time.sleep(SECONDS_FOR_MESSAGES)
 
 
 def stop_signals() -> list[int]:

@@ -1009,6 +1009,32 @@ def test_reward_that_is_no_number_is_no_reward(own_task, run):
 
 
 # What a stage does on a machine with two GPUs, without the GPUs.
+ENDS_AFTER_A_MESSAGE = """
+import sys
+sys.path.insert(0, {root!r})
+from apo import command_line, engine
+from apo.files import UserError
+
+def main():
+    engine.launch()
+    engine.on_rank_0(print, "sent")
+    if sys.argv[1] == "mistake":
+        raise UserError("--lr is odd")
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("finished", 0), ("mistake", 2)])
+def test_a_process_that_ends_right_after_a_message_does_not_abort(how, code, run, tmp_path):
+    """torch's sending thread may still hold the message when Python shuts down."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS_AFTER_A_MESSAGE.format(root=str(ROOT)))
+    for _ in range(5):  # it aborted in half of the tries
+        result = run(script, how)
+        assert result.code == code and "sent" in result.out, result.all
+
+
 RELAUNCHED = """
 import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
