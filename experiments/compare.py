@@ -18,7 +18,7 @@ All methods sample the same number of responses in a step: with 8 responses per 
 eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: two
 rates and two weights make four runs of a seed that is not reported, and the best rate's neighbour a
 fifth. The highest mean reward over the run wins. All rows of A*-PO have one loss, and so have the
-two of GRPO.
+two of GRPO. With --tuned they are taken from an earlier comparison instead.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -347,6 +347,8 @@ def parse_args() -> argparse.Namespace:
     add("--test", default="countdown", help="test problems")
     add("--max-tokens", type=number, default=160, help="longest response")
     add("--seeds", type=number, default=5, help="runs of each row")
+    tuned = "take learning rates and KL weights from this earlier compare.json, and tune nothing"
+    add("--tuned", type=Path, metavar="FILE", help=tuned)
     rates = "learning rates to try; one alone is used as it is, with the published KL weight"
     add("--rates", type=float, nargs="+", default=[1e-4, 2e-4], help=rates)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
@@ -375,6 +377,8 @@ def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned],
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
     them, half or twice that rate is tried as well, with the same weight.
     """
+    if args.tuned is not None:
+        return read_tuned(args.tuned, losses), [f"as in {args.tuned}"]
     if len(args.rates) == 1:
         return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
     candidates = []
@@ -403,6 +407,20 @@ def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned],
             numbers = f"mean reward {reward.mean:.3f}  at the end {reward.end:.3f}"
             lines.append(f"{loss:10} {what} {numbers}{mark}")
     return chosen, lines
+
+
+def read_tuned(path: Path, losses: list[str]) -> dict[str, Tuned]:
+    """Read what the rows of an earlier comparison were run with; UserError if a loss has no row."""
+    rows = {row["method"]: row for row in json.loads(files.read_text(path))}
+    tuned = {}
+    for setting in COMPARISON:
+        if setting.loss in losses and setting.method in rows:
+            row = rows[setting.method]
+            tuned[setting.loss] = Tuned(row["learning_rate"], row["kl_weight"])
+    for loss in losses:
+        if loss not in tuned:
+            raise UserError(f"{path} has no row with the loss {loss}")
+    return tuned
 
 
 def run_candidates(

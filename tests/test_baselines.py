@@ -795,6 +795,17 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
     assert zero["prompts"][0]["rewards"] == [0.0]
 
+    # Another row of the same loss, with what was tuned above.
+    command = command.replace("--only a_star_po_n2 rebel", "--only mean rebel")
+    command += f" --eval-samples 4 --tuned {tmp_path / 'compare.json'}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / "later")])
+    compare.main()
+    mean, same = json.loads((tmp_path / "later" / "compare.json").read_text())
+    assert mean["learning_rate"] == 0.002 and mean["kl_weight"] == 0.01 and same == rebel
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "ppo"])
+    with pytest.raises(UserError, match="has no row with the loss ppo"):
+        compare.main()
+
 
 def test_an_unknown_row_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--task", "none", "--only", "reinforce"])
