@@ -6,6 +6,7 @@ divide the requests among themselves.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -65,7 +66,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
     num_gpus = torch.cuda.device_count()
     # On a CPU, vLLM warns of a dozen things at each start, all of them known and harmless.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if num_gpus > 0 else "ERROR")
-    check_gpus(num_gpus)
+    check_hardware(num_gpus)
     if "RANK" in os.environ:
         check_launcher()
         end_with_launcher()
@@ -90,11 +91,17 @@ def launch(tensor_parallel_size: int = 1) -> None:
         )
 
 
-def check_gpus(num_gpus: int) -> None:
-    """Raise UserError for GPUs that this code cannot use."""
+def check_hardware(num_gpus: int) -> None:
+    """Raise UserError for GPUs that this code cannot use, or for a CPU without vLLM's library."""
     import torch
 
     if num_gpus == 0:
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError as error:  # vLLM would go on, and fail later at its first operation
+            raise UserError(
+                "on a CPU, vLLM needs the library libnuma.so.1: apt install libnuma1"
+            ) from error
         return
     # The driver's own library counts GPUs; whether CUDA works with them is another question.
     if not torch.cuda.is_available():

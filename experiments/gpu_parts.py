@@ -58,7 +58,7 @@ def host(work: Path) -> dict[str, Any]:
         "ninja": shutil.which("ninja"),
     }
     if ON_GPU:
-        engine.check_gpus(torch.cuda.device_count())
+        engine.check_hardware(torch.cuda.device_count())
         figures["nvidia_smi"] = ask_nvidia_smi()
         figures["cuda"] = torch.version.cuda
         figures["capability"] = torch.cuda.get_device_capability()

@@ -1,6 +1,6 @@
 r"""Make the toy: a tiny reference model and its problems, on which all three stages take minutes.
 
-Question: can a model be made in a minute that solves some problems always, some seldom, and that
+Question: can a model be made in minutes that solves some problems always, some seldom, and that
 reinforcement learning can improve? A*-PO needs such prompts, because V* tells them apart.
 
 Command: python -m experiments.toy --out toy

@@ -240,12 +240,21 @@ def test_a_gpu_that_cannot_be_used_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
-    engine.check_gpus(0)
+    engine.check_hardware(0)
     if says is None:
-        engine.check_gpus(2)
+        engine.check_hardware(2)
     else:
         with pytest.raises(UserError, match=says):
-            engine.check_gpus(2)
+            engine.check_hardware(2)
+
+
+def test_a_missing_library_of_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(engine.ctypes, "CDLL", load)
+    with pytest.raises(UserError, match="apt install libnuma1"):
+        engine.check_hardware(0)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
