@@ -234,7 +234,7 @@ class Run:
 
 def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> None:
     """Train on this rank; all ranks call it together. It resumes what --out holds."""
-    run = set_up(args, data)
+    run = set_up(args, data, algorithm)
     if run is None:
         return
     # Sampling is as in stage 1, or V* would belong to another distribution.
@@ -497,10 +497,10 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
 # Before the loop: flags, files, models
 
 
-def set_up(args: argparse.Namespace, data: TrainingData) -> Run | None:
+def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> Run | None:
     """Take the run's folder, start the engine, load the models; None if the run is finished."""
     log = RunLog(Path(args.out), args.num_steps)
-    config = make_config(args, data)
+    config = make_config(args, data, algorithm)
     progress = engine.on_rank_0(open_run, config, log)
     if progress.finished:
         if dist.get_rank() == 0:
@@ -601,8 +601,8 @@ def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
-def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
-    """Collect the flags and what the values file's header decides, for config.json.
+def make_config(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> dict:
+    """Collect the flags, what the values file's header decides, and the algorithm, for config.json.
 
     --resume compares them with those of the run, and stage 3 makes its prompts by them.
     """
@@ -620,6 +620,8 @@ def make_config(args: argparse.Namespace, data: TrainingData) -> dict:
     config |= data.values.style.settings()
     config["values_digest"] = data.values.digest
     config["eval_digest"] = files.content_digest(data.eval_rows)
+    # The function that made the loss: "a_star_po" for a_star_po.<locals>.loss.
+    config["algorithm_name"] = algorithm.loss.__qualname__.split(".")[0]
     return config
 
 

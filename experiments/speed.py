@@ -154,7 +154,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, data: train_online.TrainingData) -> None:
         self.args = args
         self.data = data
-        self.run = train_online.set_up(args, data)
+        self.run = train_online.set_up(args, data, train_online.a_star_po(args.beta2))
         self.temperature = data.values.header["temperature"]
         self.max_tokens = data.values.header["max_tokens"]
         # set_up has registered the packed attention.

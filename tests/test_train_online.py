@@ -184,7 +184,8 @@ def test_beta1_may_be_named_as_it_was_used(stage1: SimpleNamespace, tmp_path: Pa
     configs = []
     for more in ([], ["--beta1", "0.5"]):
         args = train_online.make_parser().parse_args([*words, *more])
-        configs.append(train_online.make_config(args, train_online.check(args)))
+        data = train_online.check(args)
+        configs.append(train_online.make_config(args, data, train_online.a_star_po(args.beta2)))
     assert configs[0] == configs[1]
 
 
@@ -314,6 +315,7 @@ def test_config_has_the_flags_and_what_the_values_decide(
     assert (config["temperature"], config["max_tokens"]) == (0.5, 48)
     assert config["prompt_template"] == problems.BOXED_TEMPLATE and config["task"] == "math"
     assert config["model_fingerprint"] == straight.values["header"]["model_fingerprint"]
+    assert config["algorithm_name"] == "a_star_po", "so that another loss cannot --resume the run"
 
 
 # ---------------------------------------------------------------------------------------------
