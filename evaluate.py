@@ -7,7 +7,7 @@ drawn at temperature 1: this we chose ourselves. What is printed:
 - mean: the mean reward in percent, with its standard error over the problems. With rewards of 0 and
   1 it is the accuracy. A response that does not end within --max-tokens counts as wrong, as in
   training.
-- any end: the fraction of right responses with that rule waived, over all samples. Base models
+- any end: the mean reward with that rule waived, over all samples. Base models
   often ramble on after the answer.
 - truncated: the fraction of responses that did not end.
 - pass@k: the chance that at least one of k samples is right, estimated without bias from all n.

@@ -138,8 +138,9 @@ def update(
     """Make one optimizer step for each update; all ranks must call it together.
 
     `updates` has the micro-batches of each update. `policy` may be any module that takes a
-    micro-batch's inputs, such as a critic: the loss function gets what it returns. A gradient whose
-    norm is above `max_grad_norm` is scaled down to it. Returned are
+    micro-batch's inputs and is sharded (`shard` in policy.py), such as a critic: the loss function
+    gets what it returns. A gradient whose norm is above `max_grad_norm` is scaled down to it.
+    Returned are
 
     - "loss" and "grad_norm" (before clipping): means over the updates;
     - each statistic of the loss function: its mean over the sequences;

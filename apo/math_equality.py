@@ -198,7 +198,7 @@ def same_words(gold: str, pred: str) -> bool:
     """Say whether two values are the same text, with or without \\text{} and brackets.
 
     Capital letters count in products of symbols: mgh is not Mgh. They do not count in \\text{}, in
-    a word of four letters, in yes, no and odd, and for the choices A to D.
+    a word of four letters or more, in yes, no and odd, and for the choices A to D.
     """
     gold_words = re.sub(IN_TEXT, r"\1", gold)
     pred_words = re.sub(IN_TEXT, r"\1", pred)

@@ -333,7 +333,7 @@ def read_inequality(text: str) -> str:
 
 
 def add_bounds(parts: list[str]) -> list[str]:
-    """Return x<5 as -∞<x<5, and |x|<5 as -(5)<x<5, in the parts at the signs."""
+    """Return the parts of x<5 as those of -∞<x<5, and of |x|<5 as those of -(5)<x<5."""
     if len(parts) != 3:
         return parts
     left, sign, right = parts

@@ -134,9 +134,10 @@ ABLATIONS = [
     Setting("responses_4", responses=4),
 ]
 # Two factors: how far off-policy the data is, from not at all to much, and what stands in V*'s
-# place. Each update has a smaller part of the batch, so the learning rate is scaled by the square
-# root of 2 / updates, the rule for Adam (Malladi et al. 2022, arXiv 2205.10287): the other rows
-# make 2 updates.
+# place. The rate was tuned with 2 updates per step. With n updates, each has another share of the
+# batch, so the rate is scaled by the square root of 2 / n, the rule for Adam (Malladi et al. 2022,
+# arXiv 2205.10287). `replay` makes 4 updates, each on a whole rollout. There the rule would not
+# lower the rate; it has the rate of 4 updates all the same, since it uses each response 4 times.
 OFF_POLICY = []
 for data, command, num_updates in (
     ("updates_1", "train_online --updates-per-batch 1", 1),
@@ -234,8 +235,8 @@ def run_jobs(jobs: list[Job]) -> None:
 def run_chains(chains: list[list[Job]]) -> Iterator[None]:
     """Run the jobs of each chain in order, two chains at a time; yield as each chain is finished.
 
-    The first is yielded first, even if the second was faster. After a failure no further chain is
-    started.
+    The first is yielded first, even if the second was faster. A failure is raised when the turn of
+    its chain comes, and from then on no further chain is started.
     """
     pool = ThreadPoolExecutor(RUNS_AT_ONCE)
     try:
