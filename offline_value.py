@@ -186,8 +186,6 @@ SUMMARY = (
     "seconds",
     "tokens_per_second",
     "mean_v_star",
-    "pass_at_1",
-    "pass_at_n",
     "truncated",
     "dropped_long",
     "dropped_ungradable",
@@ -220,7 +218,8 @@ def print_summary(header: dict, entries: list[dict]) -> None:
         f"{header['tokens_per_second']:.0f} tokens/s, mean V* {header['mean_v_star']:.3f}"
     )
     print(
-        f"pass@1 {header['pass_at_1']:.1%}  pass@{n} {header['pass_at_n']:.1%}  "
+        f"pass@1 {sum(rates) / num_prompts:.1%}  "
+        f"pass@{n} {sum(rate > 0 for rate in rates) / num_prompts:.1%}  "
         f"all wrong {rates.count(0) / num_prompts:.1%}  "
         f"all right {rates.count(1) / num_prompts:.1%}  "
         f"truncated {header['truncated'] / sum(counts):.1%}"

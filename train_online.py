@@ -214,8 +214,10 @@ class TrainingData:
     values: Values
     entries: list[dict]  # the prompts of the values file that are used
     v_star: dict[str, float]  # by the prompt's id
+    prompts: list[Prompt]  # one for each entry
     eval_rows: list[dict]
-    ungradable: list[str]  # a sentence for each evaluation row whose answer cannot be graded
+    eval_prompts: list[Prompt]
+    notes: list[str]  # sentences on the evaluation set, to be printed
 
 
 @dataclasses.dataclass
@@ -509,8 +511,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         return None
 
     if dist.get_rank() == 0:
-        for sentence in data.ungradable:
-            print(f"--eval-dataset, counted as wrong: {sentence}")
+        for sentence in data.notes:
+            print(f"--eval-dataset: {sentence}")
 
     if args.tracker:
         engine.on_rank_0(log.start_tracker, args.tracker, config)
@@ -531,10 +533,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         load_format="dummy",
         **memory,
     )
-    tokenizer = llm.get_tokenizer()
-    prompts = make_prompts(data.entries, data.values, tokenizer)
-    eval_prompts = make_eval_prompts(data, tokenizer)
-    problems.check_prompts(prompts + eval_prompts, engine.vocabulary_size(llm), tokenizer)
+    asked = data.prompts + data.eval_prompts
+    problems.check_prompts(asked, engine.vocabulary_size(llm), llm.get_tokenizer())
 
     policy, ref = load_models(args, reference, progress.checkpoint)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -543,7 +543,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
     if progress.checkpoint is not None:
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
-    responses = self_check.sample_for_check(llm, prompts)
+    responses = self_check.sample_for_check(llm, data.prompts)
     self_check.check_policy(policy, responses)
     if progress.checkpoint is None:  # the engine has the reference's weights
         engine.on_rank_0(self_check.check_model, reference, responses)
@@ -554,8 +554,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         policy=policy,
         ref=ref,
         optimizer=optimizer,
-        prompts=prompts,
-        eval_prompts=eval_prompts,
+        prompts=data.prompts,
+        eval_prompts=data.eval_prompts,
         reference_folder=reference,
         last_step=progress.step,
     )
@@ -585,21 +585,6 @@ def load_models(
     ref = load_policy(reference, mesh, COMPUTE_DTYPE, offload=args.offload_ref)
     ref.requires_grad_(False)
     return policy, ref
-
-
-def make_eval_prompts(data: TrainingData, tokenizer: Any) -> list[Prompt]:
-    """Make the evaluation prompts in the style of training, and cut those that are too long."""
-    prompts = []
-    for row in data.eval_rows:
-        style = problems.style_of_task(
-            data.values.style, row["_task"], trained_reward=data.values.header["reward"]
-        )
-        prompts.append(problems.make_prompt(row, style, tokenizer))
-    longest = data.values.header["max_prompt_tokens"]
-    sentence = problems.cut_prompts(prompts, longest, tokenizer)
-    if sentence is not None and dist.get_rank() == 0:
-        print(f"--eval-dataset: {sentence}")
-    return prompts
 
 
 def make_config(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> dict:
@@ -664,15 +649,34 @@ def check(args: argparse.Namespace) -> TrainingData:
     if args.eval_dataset is None:
         args.eval_dataset = default_eval_dataset(values.header["dataset"])
     eval_rows = []
-    ungradable = []
+    notes = []
     if args.eval_dataset != "none":
         eval_rows = problems.load_problems(args.eval_dataset, "test")
         _, ungradable = problems.keep_gradable(args.eval_dataset, eval_rows)
+        notes = [f"counted as wrong: {sentence}" for sentence in ungradable]
+
     longest = values.header["max_prompt_tokens"] + values.header["max_tokens"]
     folder = files.model_folder(values.header["model"])
     self_check.check_config(folder, longest)
-    problems.load_tokenizer(folder)  # a damaged one shows here, before the engine starts
-    return TrainingData(values, entries, v_star, eval_rows, ungradable)
+    # A damaged tokenizer, or a prompt that is too long, shows here, before the engine starts.
+    tokenizer = problems.load_tokenizer(folder)
+    prompts = make_prompts(entries, values, tokenizer)
+    eval_prompts = make_eval_prompts(eval_rows, values, tokenizer)
+    cut = problems.cut_prompts(eval_prompts, values.header["max_prompt_tokens"], tokenizer)
+    if cut is not None:
+        notes.append(cut)
+    return TrainingData(values, entries, v_star, prompts, eval_rows, eval_prompts, notes)
+
+
+def make_eval_prompts(rows: list[dict], values: Values, tokenizer: Any) -> list[Prompt]:
+    """Make the evaluation prompts in the style of training."""
+    prompts = []
+    for row in rows:
+        style = problems.style_of_task(
+            values.style, row["_task"], trained_reward=values.header["reward"]
+        )
+        prompts.append(problems.make_prompt(row, style, tokenizer))
+    return prompts
 
 
 def default_eval_dataset(training_set: str) -> str:

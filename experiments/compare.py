@@ -200,18 +200,20 @@ def run_job(job: Job) -> None:
     """Run a job unless it is finished; one that was interrupted starts again.
 
     The output goes to FOLDER.log, the command to FOLDER.json. Raises UserError if another command
-    made the folder.
+    made the folder, or if another comparison is running the same job: the log is locked as long as
+    the job has it open, also if its own comparison has been killed.
     """
     note = Path(f"{job.folder}.json")
     if (job.folder / job.product).exists():
         what = f"{job.folder} (remove it, or give another --work)"
         files.refuse_difference(what, files.read_json(note), {"command": job.command})
         return
-    shutil.rmtree(job.folder, ignore_errors=True)
-    files.write_json(note, {"command": job.command})
     start = time.perf_counter()
     log = Path(f"{job.folder}.log")
-    with open(log, "w") as output:
+    with files.open_locked(log) as output:
+        output.truncate(0)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        files.write_json(note, {"command": job.command})
         process = subprocess.run(
             [sys.executable, *job.command],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -364,12 +366,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose_settings(args: argparse.Namespace) -> list[Setting]:
-    """Return the rows that the command line asks for; UserError for a name that is none."""
+    """Return the rows that the command line asks for; UserError if it cannot have them."""
     settings = {setting.method: setting for setting in ROWS[args.rows]}
     for name in args.only or []:
         if name not in settings:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
-    return [settings[name] for name in args.only or settings]
+    chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]
+    for setting in chosen:
+        if args.rollout_size % setting.responses != 0:
+            raise UserError(
+                f"--rollout-size {args.rollout_size} is no multiple of the {setting.responses} "
+                f"responses per prompt of {setting.method}"
+            )
+    return chosen
 
 
 def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned], list[str]]:
@@ -378,8 +387,6 @@ def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned],
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
     them, half or twice that rate is tried as well, with the same weight.
     """
-    if args.tuned is not None:
-        return read_tuned(args.tuned, losses), [f"as in {args.tuned}"]
     if len(args.rates) == 1:
         return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
     candidates = []
@@ -412,12 +419,16 @@ def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned],
 
 def read_tuned(path: Path, losses: list[str]) -> dict[str, Tuned]:
     """Read what the rows of an earlier comparison were run with; UserError if a loss has no row."""
-    rows = {row["method"]: row for row in json.loads(files.read_text(path))}
+    try:
+        found = {}
+        for row in json.loads(files.read_text(path)):
+            found[row["method"]] = Tuned(row["learning_rate"], row["kl_weight"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} has no results of a comparison") from error
     tuned = {}
     for setting in COMPARISON:
-        if setting.loss in losses and setting.method in rows:
-            row = rows[setting.method]
-            tuned[setting.loss] = Tuned(row["learning_rate"], row["kl_weight"])
+        if setting.loss in losses and setting.method in found:
+            tuned[setting.loss] = found[setting.method]
     for loss in losses:
         if loss not in tuned:
             raise UserError(f"{path} has no row with the loss {loss}")
@@ -487,19 +498,26 @@ def main() -> None:
     """Run what is missing, and write the results after each seed."""
     args = parse_args()
     settings = choose_settings(args)
+    losses = list(dict.fromkeys(setting.loss for setting in settings))
+    files.check_writable(args.out, is_folder=True)
+    if args.tuned is not None:
+        if args.tuned.resolve() == (args.out / f"{args.rows}.json").resolve():
+            raise UserError(f"{args.tuned} would be replaced: give another --out, or a copy of it")
+        tuned, tuning = read_tuned(args.tuned, losses), [f"as in {args.tuned}"]
     if args.task != "none":
         importlib.import_module(args.task)  # which adds the task to problems.DATASETS
     rows = problems.load_problems(args.dataset, "train")
+    test_rows = problems.load_problems(args.test, "test")
     fingerprint = files.model_fingerprint(files.model_folder(args.model))
     # Runs on another model or other problems are other runs.
-    args.work = args.work / files.content_digest([rows, fingerprint])
+    args.work = args.work / files.content_digest([rows, test_rows, fingerprint])
 
     counts = {setting.value_samples for setting in settings}
     run_jobs([stage1_job(args, n) for n in sorted(counts | {8}) if n > 0])
     write_zero_values(values_file(args, 8), values_file(args, 0))
     run_jobs(measuring_jobs(args, Path(args.model), args.work / "reference"))
-    losses = list(dict.fromkeys(setting.loss for setting in settings))
-    tuned, tuning = tune(args, losses)
+    if args.tuned is None:
+        tuned, tuning = tune(args, losses)
     print("\n".join(tuning), flush=True)
     jobs = {}
     chains = []

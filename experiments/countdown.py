@@ -374,7 +374,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     whole = command_line.positive_integer
     add("--out", type=Path, default=Path("countdown"), help="folder to write to")
-    add("--seed", type=int, default=0, help="seed of problems, initial weights and training")
+    add("--seed", type=command_line.seed, default=0, help="seed of problems, weights and training")
     add("--num-train", type=whole, default=1024, help="problems in train.jsonl")
     add("--num-test", type=whole, default=256, help="problems in test.jsonl")
     add("--num-steps", type=whole, default=900, help="updates of the reference")
@@ -400,6 +400,7 @@ def make() -> None:
     train_set, test_set = draw_sets(rng, args.num_train, args.num_test)
     for name, drawn in (("train", train_set), ("test", test_set)):
         lines = [json.dumps(row) + "\n" for row in make_rows(rng, name, drawn)]
+        files.refuse_other_content(args.out / f"{name}.jsonl", "".join(lines))
         files.write_text(args.out / f"{name}.jsonl", "".join(lines))
 
     tokenizer = make_tokenizer()

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import Qwen2Config
 
-from apo import engine, memory_budget
+from apo import engine, files, memory_budget
 from apo.engine import Response
 from apo.policy import ON_GPU
 from apo.problems import Prompt
 from experiments.memory import SHAPES, make_config
 from experiments.speed import make_random_model
-from experiments.toy import draw_sets, make_tokenizer, write_problems
+from experiments.toy import dataset_text, draw_sets, make_tokenizer
 
 GIB = 2**30
 MAX_TOKENS = 256 if ON_GPU else 16  # of a response
@@ -96,7 +96,7 @@ def make_up_responses(prompts: list[Prompt], num_samples: int, length: int) -> l
 def write_toy_problems(path: Path) -> None:
     """Write 16 of the toy's problems."""
     train_set, _ = draw_sets(random.Random(0), 16, 1)
-    write_problems(path, train_set)
+    files.write_text(path, dataset_text(path.stem, train_set))
 
 
 @functools.cache

@@ -433,6 +433,7 @@ def make(args: argparse.Namespace) -> None:
     for name, drawn in zip(("train", "test"), sets, strict=True):
         rows = [make_row(problem, f"{name}-{i}") for i, problem in enumerate(drawn)]
         lines = [json.dumps(row) + "\n" for row in rows]
+        files.refuse_other_content(args.out / f"{name}.jsonl", "".join(lines))
         files.write_text(args.out / f"{name}.jsonl", "".join(lines))
     held_out = {problem.key for problem in sets[1]}
     batches = draw_batches(rng, tokenizer, held_out, args.batch_size)
@@ -536,7 +537,7 @@ def parse_args() -> argparse.Namespace:
     whole = command_line.positive_integer
     add("command", choices=("make", "report"), help="what to do")
     add("--out", type=Path, default=Path("smollm"), help="folder of `make real`")
-    add("--seed", type=command_line.whole_number, default=0, help="seed of all that is drawn")
+    add("--seed", type=command_line.seed, default=0, help="seed of all that is drawn")
     add("--num-train", type=whole, default=4000, help="problems in train.jsonl")
     add("--num-test", type=whole, default=240, help="problems in test.jsonl")
     add("--num-steps", type=whole, default=56, help="updates of the warm-up")

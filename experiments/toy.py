@@ -42,12 +42,13 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from apo.command_line import run
+from apo.command_line import run, seed
 from apo.files import (
     UserError,
     check_writable,
     read_json,
     refuse_difference,
+    refuse_other_content,
     write_json,
     write_text,
 )
@@ -314,17 +315,17 @@ def check_kept(folder: Path, settings: dict) -> None:
     refuse_difference(f"{folder} (remove it or choose another --out)", saved, settings)
 
 
-def write_problems(path: Path, problems: list[Problem]) -> None:
-    """Write a dataset: one JSON object a line with id, question and answer."""
+def dataset_text(name: str, problems: list[Problem]) -> str:
+    """Return a data set as text: one JSON object a line with id, question and answer."""
     lines = []
     for i, problem in enumerate(problems):
         row = {
-            "id": f"{path.stem}-{i}",
+            "id": f"{name}-{i}",
             "question": problem.question,
             "answer": problem.answer,
         }
         lines.append(json.dumps(row) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def parse_args() -> argparse.Namespace:
@@ -336,7 +337,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("toy"), help="folder to write to")
     add("--keep", action="store_true", help="keep a toy that was made with the same settings")
-    add("--seed", type=int, default=0, help="seed of problems, initial weights and training")
+    add("--seed", type=seed, default=0, help="seed of problems, initial weights and training")
     add("--num-train", type=int, default=1024, help="problems in train.jsonl")
     add("--num-test", type=int, default=256, help="problems in test.jsonl")
     add("--num-steps", type=int, default=600, help="updates of the reference")
@@ -375,6 +376,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     train_set, test_set = draw_sets(rng, args.num_train, args.num_test)
+    data = {
+        args.out / "train.jsonl": dataset_text("train", train_set),
+        args.out / "test.jsonl": dataset_text("test", test_set),
+    }
+    for path, text in data.items():
+        refuse_other_content(path, text)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     batches = draw_batches(rng, tokenizer, set(test_set), args.batch_size)
@@ -383,8 +390,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".toy-") as temporary:
         model.save_pretrained(Path(temporary, "reference"))
         tokenizer.save_pretrained(Path(temporary, "reference"))
-        write_problems(args.out / "train.jsonl", train_set)
-        write_problems(args.out / "test.jsonl", test_set)
+        for path, text in data.items():
+            write_text(path, text)
         write_json(args.out / "settings.json", settings)
         # The reference gets its name last. Its presence says that the toy is complete.
         Path(temporary, "reference").rename(reference)

@@ -690,6 +690,11 @@ def test_a_finished_job_is_kept(tmp_path):
     with pytest.raises(UserError, match="command"):
         compare.run_job(job._replace(command=[*job.command, "more"]))
     bad = compare.Job(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
+    with (
+        files.open_locked(tmp_path / "bad.log"),  # as another comparison has it
+        pytest.raises(UserError, match=r"bad\.log is in use"),
+    ):
+        compare.run_job(bad)
     with pytest.raises(ChildProcessError, match=r"exit code 3, see .*bad\.log"):
         compare.run_job(bad)
 
@@ -802,9 +807,16 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     compare.main()
     mean, same = json.loads((tmp_path / "later" / "compare.json").read_text())
     assert mean["learning_rate"] == 0.002 and mean["kl_weight"] == 0.01 and same == rebel
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "ppo"])
-    with pytest.raises(UserError, match="has no row with the loss ppo"):
-        compare.main()
+    for more, says in (
+        ("--only ppo", "has no row with the loss ppo"),
+        (f"--out {tmp_path}", "would be replaced"),
+        (f"--tuned {tmp_path / 'compare.txt'}", "has no results of a comparison"),
+        ("--rollout-size 9", "is no multiple of the 2 responses per prompt of rebel"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*sys.argv, *more.split()])
+            with pytest.raises(UserError, match=says):
+                compare.main()
 
 
 def test_an_unknown_row_is_refused(monkeypatch):

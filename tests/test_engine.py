@@ -179,9 +179,9 @@ def test_a_model_that_never_ends_its_responses_is_noticed_early() -> None:
     """Only when so many have ended or not, and not if some of them do."""
     ends = [False] * engine.NUM_FIRST
     with pytest.raises(UserError, match="--max-tokens 48"):
-        engine.check_endings(ends, 48)
-    engine.check_endings(ends[:-1], 48)
-    engine.check_endings([True] * 5 + ends[5:], 48)
+        engine.check_endings(ends, 48, Path("out.partial"))
+    engine.check_endings(ends[:-1], 48, Path("out.partial"))
+    engine.check_endings([True] * 5 + ends[5:], 48, Path("out.partial"))
 
 
 def test_sampling_stops_where_nearly_nothing_ends(llm: Any, tmp_path: Path) -> None:
@@ -237,7 +237,12 @@ def test_a_gpu_that_cannot_be_used_is_told(
     available: bool, capability: tuple, says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A T4 lacks bf16, and the driver's library also counts GPUs that CUDA cannot use."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+
+    def init() -> None:
+        if not available:
+            raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
     engine.check_hardware(0)
@@ -254,6 +259,9 @@ def test_a_missing_library_of_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(engine.ctypes, "CDLL", load)
     with pytest.raises(UserError, match="apt install libnuma1"):
+        engine.check_hardware(0)
+    monkeypatch.setattr(engine, "is_vllm_for_cpus", lambda: False)
+    with pytest.raises(UserError, match="no NVIDIA GPU is visible"):
         engine.check_hardware(0)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo import files, policy
+from apo import files, policy, run_folder
 from apo.files import UserError
 from apo.run_folder import HAS_CHECKPOINTS, Progress, RunLog, open_run
 
@@ -103,6 +103,35 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(out: Pat
     remove(out / "final")
     shutil.rmtree(out / "checkpoints")
     (out / HAS_CHECKPOINTS).unlink()
+    assert resume(out) == Progress(False, None, 0)
+
+
+def test_a_run_of_another_algorithm_is_refused_before_anything_is_touched(out: Path) -> None:
+    """baselines.py saves flags that train_online.py does not have."""
+    config = files.read_json(out / "config.json")
+    files.write_json(out / "config.json", config | {"method": "running"})
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5}')  # another program's last line may have no end
+    before = (out / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="made with method 'running', not None"):
+        resume(out)
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_kill_while_damaged_checkpoints_are_renamed_changes_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove(out / "final")
+    for step in (2, 4):
+        (out / "checkpoints" / f"step-{step}" / "model.safetensors").unlink()
+
+    def killed(folder: Path) -> None:
+        policy.find_checkpoint(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "find_checkpoint", killed)
+        resume(out)
     assert resume(out) == Progress(False, None, 0)
 
 
