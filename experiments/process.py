@@ -5,13 +5,17 @@ Question: equation (3) fits the log-ratio of a whole response to r - V*(x). With
 Command:  python -m experiments.process --values toy/values.json --lr 1e-4 --batch-size 128 \
               --num-steps 20 --eval-dataset toy/test.jsonl --eval-every 5 --out runs/process
           The flags are those of train_online.py, and --continuations.
-          python -m experiments.compare --rows process --task none --model toy/reference \
-              --dataset toy/train.jsonl --test toy/test.jsonl --max-tokens 128 --rates 1e-4 \
-              --goals .7 .8 .9 --num-steps 40 --seeds 3
+          python -m experiments.compare --rows process --only response lines_2 --task none \
+              --model toy/reference --dataset toy/train.jsonl --test toy/test.jsonl \
+              --max-tokens 128 --rates 1e-4 --goals .7 .8 .9 --num-steps 40 --seeds 3 \
+              --no-seconds --eval-samples 8
 Time:     on one core two to three times as long a step as train_online.py
 Output:   a run folder like that of train_online.py. The metric ref_tokens is the number of tokens
           that were sampled from the reference for each response.
-Answer:   not known: the comparison was not run
+Answer:   on the toy no: with two continuations it takes 0.54 million tokens to a reward of 0.9, and
+          one reward at the end 0.30; after 40 steps accuracy is 94.2 ± 0.3 %, and 96.2 ± 0.2 %
+          (experiments/results/process.txt, three seeds). Eight continuations were not run to the
+          end.
 
 A step is a line of the response; on the toy it is one column of the sum. After h of H lines, the
 value of the beginning y_1..h is, for rewards r_t of each line,

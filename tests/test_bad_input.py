@@ -577,9 +577,10 @@ def finished(
     """A finished evaluation: `.arguments` but for the place, and `.out`."""
     out = tmp_path_factory.mktemp("finished") / "results"
     arguments = ["--model", places["model"], "--benchmarks", places["dataset"], "--limit", "6"]
-    result = run("evaluate.py", *arguments, "--max-tokens", "48", "--out", out)
+    arguments += ["--max-tokens", "48", "--temperature", "1"]
+    result = run("evaluate.py", *arguments, "--out", out)
     assert result.code == 0, result.all
-    return SimpleNamespace(arguments=[*arguments, "--max-tokens", "48"], out=out)
+    return SimpleNamespace(arguments=arguments, out=out)
 
 
 @pytest.mark.faults
