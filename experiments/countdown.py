@@ -400,8 +400,10 @@ def make() -> None:
     train_set, test_set = draw_sets(rng, args.num_train, args.num_test)
     for name, drawn in (("train", train_set), ("test", test_set)):
         lines = [json.dumps(row) + "\n" for row in make_rows(rng, name, drawn)]
-        files.refuse_other_content(args.out / f"{name}.jsonl", "".join(lines))
-        files.write_text(args.out / f"{name}.jsonl", "".join(lines))
+        path = args.out / f"{name}.jsonl"
+        text = "".join(lines)
+        files.refuse_other_content(path, text)
+        files.write_text(path, text)
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

@@ -433,8 +433,10 @@ def make(args: argparse.Namespace) -> None:
     for name, drawn in zip(("train", "test"), sets, strict=True):
         rows = [make_row(problem, f"{name}-{i}") for i, problem in enumerate(drawn)]
         lines = [json.dumps(row) + "\n" for row in rows]
-        files.refuse_other_content(args.out / f"{name}.jsonl", "".join(lines))
-        files.write_text(args.out / f"{name}.jsonl", "".join(lines))
+        path = args.out / f"{name}.jsonl"
+        text = "".join(lines)
+        files.refuse_other_content(path, text)
+        files.write_text(path, text)
     held_out = {problem.key for problem in sets[1]}
     batches = draw_batches(rng, tokenizer, held_out, args.batch_size)
     loss = warm_up(model, batches, args.num_steps, args.lr)
