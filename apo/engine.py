@@ -13,9 +13,11 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -131,6 +133,20 @@ def check_hardware(num_gpus: int) -> None:
                 f"{major}.{minor}: 8.0 is needed for bf16 and the attention kernel (A100, RTX 30 "
                 "and newer). Choose other GPUs with CUDA_VISIBLE_DEVICES"
             )
+    check_compiler()
+
+
+def check_compiler() -> None:
+    """Raise UserError if Triton, which compiles kernels for vLLM, lacks what it needs itself.
+
+    Where it runs for the first time, it compiles a small C library (triton/runtime/build.py).
+    """
+    if "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
+        raise UserError("on a GPU, vLLM's Triton needs a C compiler: apt install gcc")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if not header.exists():
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        raise UserError(f"on a GPU, vLLM's Triton needs {header}: apt install {package}")
 
 
 def is_vllm_for_cpus() -> bool:

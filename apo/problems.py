@@ -29,7 +29,11 @@ BOXED_TEMPLATE = "{question}\nLet's think step by step, and put the final answer
 
 
 def score_mathematics(response: str, row: dict) -> float:
-    """Score a response by the answer in its last box: 1.0 if it equals the row's, else 0.0."""
+    """Score a response by the answer in its last box: 1.0 if it equals the row's, else 0.0.
+
+    Another reward may call this function. Changing it here would change no run: `submit_reward`
+    has the workers of math_reward do the same. Write a function of your own for the entry.
+    """
     return math_reward.reward(response, row["answer"])
 
 

@@ -54,6 +54,7 @@ def host(work: Path) -> dict[str, Any]:
         "substituted": SUBSTITUTED,
         "cores": os.cpu_count(),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+        "gcc": shutil.which("gcc"),
         "nvcc": shutil.which("nvcc"),
         "ninja": shutil.which("ninja"),
     }

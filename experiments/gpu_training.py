@@ -68,7 +68,9 @@ def scripts(work: Path) -> dict[str, Any]:
     write_toy_problems(work / "problems.jsonl")
     for name in ("values.json", "run", "results"):
         remove(work / name)
-    sampling = ("--max-tokens", MAX_TOKENS, "--num-value-samples", 4)
+    # The default of 0.9 would not start beside a desktop.
+    share = ("--gpu-memory-utilization", 0.8)
+    sampling = ("--max-tokens", MAX_TOKENS, "--num-value-samples", 4, *share)
     values = ("--dataset", work / "problems.jsonl", "--out", work / "values.json")
     figures = {}
     figures["seconds_stage1"] = run_script(
@@ -79,7 +81,7 @@ def scripts(work: Path) -> dict[str, Any]:
     figures["seconds_stage2"] = run_script("train_online.py", *train)
     evaluation = ("--benchmarks", work / "problems.jsonl", "--out", work / "results")
     figures["seconds_stage3"] = run_script(
-        "evaluate.py", "--model", work / "run" / "final", *evaluation, "--num-samples", 2
+        "evaluate.py", "--model", work / "run" / "final", *evaluation, "--num-samples", 2, *share
     )
     metrics = read_jsonl(work / "run" / "metrics.jsonl")
     steps = [line for line in metrics if "loss" in line]

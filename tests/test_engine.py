@@ -245,12 +245,30 @@ def test_a_gpu_that_cannot_be_used_is_told(
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
+    monkeypatch.setattr(engine, "check_compiler", lambda: None)
     engine.check_hardware(0)
     if says is None:
         engine.check_hardware(2)
     else:
         with pytest.raises(UserError, match=says):
             engine.check_hardware(2)
+
+
+def test_a_missing_compiler_for_a_gpu_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slim container has no compiler, and Debian's python3 no header files."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="apt install gcc"):
+        engine.check_compiler()
+    (tmp_path / "clang").touch(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(engine.sysconfig, "get_path", lambda *names: str(tmp_path))
+    engine.check_compiler()
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(UserError, match=r"Python\.h: apt install python3\.\d+-dev"):
+        engine.check_compiler()
 
 
 def test_a_missing_library_of_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
