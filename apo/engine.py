@@ -49,6 +49,8 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # So is its sum over the GPUs of one engine, at the first use. NCCL does it instead.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     # After a stop signal torchrun kills its ranks when so many seconds have passed, by default 30.
     # Stage 2 needs the time of a step and a checkpoint.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
@@ -259,6 +261,8 @@ def start_engine(
         distributed_executor_backend="external_launcher",
         use_tqdm_on_load=False,
     )
+    if on_gpu:
+        options |= gpu_options()
     try:
         return LLM(**options)
     except ValidationError as error:  # by vLLM's check of the model's config
@@ -270,6 +274,22 @@ def start_engine(
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"vLLM has too little memory for {model}: {reason:.400}") from error
+
+
+def gpu_options() -> dict[str, Any]:
+    """Return arguments of LLM that keep it from code which not every machine can run."""
+    import torch
+
+    options: dict[str, Any] = {
+        # FlashInfer would do this, with kernels that are compiled with nvcc.
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+        # It ends the process if PYTORCH_ALLOC_CONF=expandable_segments:True is set.
+        "disable_custom_all_reduce": True,
+    }
+    if torch.cuda.get_device_capability()[0] == 10:
+        # On a B200, vLLM would choose FlashInfer's attention, which is compiled with nvcc as well.
+        options["attention_backend"] = "FLASH_ATTN"
+    return options
 
 
 def vocabulary_size(llm: Any) -> int:

@@ -271,6 +271,22 @@ def test_a_missing_compiler_for_a_gpu_is_told(
         engine.check_compiler()
 
 
+@pytest.mark.parametrize(
+    "capability, attention", [((8, 6), None), ((9, 0), None), ((10, 0), "FLASH_ATTN")]
+)
+def test_vllm_takes_the_options_for_gpus(
+    capability: tuple, attention: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are arguments that it knows. On a B200 its own choice would need nvcc."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    args = EngineArgs(model=str(tmp_path), **engine.gpu_options())
+    assert args.compilation_config.pass_config.fuse_allreduce_rms is False
+    assert args.disable_custom_all_reduce
+    assert args.attention_backend == attention
+
+
 def test_a_missing_library_of_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
