@@ -181,9 +181,37 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, exit_on_signal)  # a StopFlag would let this rank wait on
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_others(2)
         sys.exit(2)
+    except Exception:
+        if has_others():
+            sys.excepthook(*sys.exc_info())  # it prints the traceback, as Python itself would
+            leave_others(1)
+        raise
     finally:
         let_messages_end()
+
+
+def leave_others(code: int) -> None:
+    """End this process at once if there are other ranks, so that torchrun ends them as well.
+
+    vLLM cleans up when Python shuts down: it destroys the process group. On GPUs that waits for the
+    other ranks, which may wait for this one.
+    """
+    if not has_others():
+        return
+    let_messages_end()
+    with contextlib.suppress(Exception):  # there may be nobody who reads it
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def has_others() -> bool:
+    """Say whether this process is one of several ranks."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return False
+    return torch.distributed.get_world_size() > 1
 
 
 def let_messages_end() -> None:

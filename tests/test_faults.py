@@ -1036,8 +1036,9 @@ def test_a_process_that_ends_right_after_a_message_does_not_abort(how, code, run
 
 
 RELAUNCHED = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 sys.path.insert(0, os.getcwd())
+import torch
 from apo import command_line, engine
 from apo.files import UserError
 
@@ -1050,6 +1051,12 @@ def main():
         raise UserError("--lr is odd")
     if sys.argv[1] == "fault" and rank == "1":
         raise KeyError("of rank 1")
+    if sys.argv[1] == "fault beside others":
+        engine.launch()
+        if rank == "1":
+            atexit.register(time.sleep, 600)  # as vLLM's clean-up waits on GPUs
+            raise KeyError("of rank 1")
+        torch.distributed.barrier()
     if sys.argv[1] == "mistake of one":
         if rank == "1":
             raise UserError("--lr is odd")
@@ -1063,13 +1070,15 @@ command_line.run(main)
 """
 
 
-@pytest.mark.parametrize("what", ["fault", "mistake of one", pytest.param("mistake", marks=many)])
+@pytest.mark.parametrize(
+    "what", ["fault", "fault beside others", "mistake of one", pytest.param("mistake", marks=many)]
+)
 def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
     """A rank other than 0 prints its traceback too; a user's mistake is one sentence in all."""
     script = tmp_path / "relaunched.py"
     script.write_text(RELAUNCHED)
     result = run(script, what)
-    if what == "fault":
+    if what.startswith("fault"):
         assert_traceback(result, "KeyError: 'of rank 1'", 'raise KeyError("of rank 1")')
     else:
         assert result.code == 2 and only_error(result) == "error: --lr is odd", result.all
