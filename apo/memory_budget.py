@@ -76,6 +76,7 @@ class Budget(NamedTuple):
     activations: int  # with what FSDP gathers and reduces
     engine: int  # its weights
     cache: int
+    gathered: int  # of several GPUs: the largest weight, put together to be saved
     reserve: int
     card: int  # what is free before anything is loaded
     sleep_mode: bool  # whether the cache is given up while the policy is updated
@@ -88,9 +89,9 @@ class Budget(NamedTuple):
 
     @property
     def sampling(self) -> int:
-        """Add up what is there while the engine samples."""
+        """Add up what is there while the engine samples; the policy is saved beside the cache."""
         models = self.weights + self.optimizer + self.reference + self.engine
-        return models + self.cache + self.reserve
+        return models + self.cache + self.gathered + self.reserve
 
     @property
     def peak(self) -> int:
@@ -253,6 +254,7 @@ def make_budget(size: ModelSize, setup: Setup, card: int) -> Budget:
         activations=activations(size, setup),
         engine=engine,
         cache=max(smallest, min(needed, allowed)),
+        gathered=4 * size.vocabulary * size.hidden if shards > 1 else 0,
         reserve=int(RESERVE_BYTES + RESERVE_SHARE * card),
         card=card,
         sleep_mode=False,

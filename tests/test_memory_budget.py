@@ -146,6 +146,13 @@ def test_the_cache_is_cut_to_what_there_is_but_holds_one_response():
     cut = memory_budget.make_budget(size, setup, 36 * 10**9)
     assert cut.sleep_mode and cut.cache < needed
     assert cut.sampling <= cut.card
+    # Several GPUs put a weight together on each of them, to save it while the cache is there.
+    two = setup._replace(gpus_per_machine=2, num_requests=1024)
+    beside = memory_budget.make_budget(size, two, 22 * 10**9)
+    assert beside.sleep_mode and beside.sampling <= beside.card
+    assert beside.gathered == 4 * size.vocabulary * size.hidden and cut.gathered == 0
+    models = beside.weights + beside.optimizer + beside.reference + beside.engine
+    assert models + beside.cache + beside.gathered + beside.reserve <= beside.card
     # The user's bound counts in any case.
     bound = memory_budget.make_budget(size, setup._replace(most_of_card=0.1), CARD)
     assert bound.cache == int(0.1 * CARD) - bound.engine < needed
