@@ -73,7 +73,10 @@ class Setting(NamedTuple):
 
 
 class KlWeight(NamedTuple):
-    """The weight of a loss's KL term: the flag, and the two numbers that are tried."""
+    """The weight of a loss's KL term: the flag, and the two numbers that are tried.
+
+    A loss without a KL term has the flag "--beta2", which it ignores, and the same number twice.
+    """
 
     flag: str
     published: float
@@ -341,7 +344,7 @@ def parse_args() -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="METHOD",
-        help="make these rows alone; the results have no others",
+        help="make these rows alone; they replace all that is in --out",
     )
     task = "module of a task, which runs the stages on it; none: the stages alone"
     add("--task", metavar="MODULE", default="experiments.countdown", help=task)

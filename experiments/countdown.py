@@ -473,6 +473,4 @@ def main() -> None:
 if __name__ == "__main__":
     # Under its full name: a values file says which function scored it, and `__main__.reward` is
     # none that anyone else could find.
-    from experiments import countdown
-
-    command_line.run(countdown.main)
+    command_line.run(importlib.import_module(__spec__.name).main)
