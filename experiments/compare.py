@@ -7,8 +7,8 @@ Command:  python -m experiments.countdown make           the task and its refere
           python -m experiments.compare --rows controls --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
-Time:     hours on 2 cores. Runs go two at a time, with one thread each. An interrupted comparison
-          continues with the runs that are missing.
+Time:     hours on 2 cores. Runs go two at a time, with one thread each. Finished runs are kept, so
+          that an interrupted comparison goes on. After a change of code, give another --work.
 Output:   in experiments/results, after each seed: compare.json, .txt and .png; or ablations.json
           and .txt, as for controls; or off-policy.json, .txt and .png.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 class KlWeight(NamedTuple):
     """The weight of a loss's KL term: the flag, and the two numbers that are tried.
 
-    A loss without a KL term has the flag "--beta2", which it ignores, and the same number twice.
+    A loss without a KL term has "--kl-weight" and 0 twice here, and 0 in baselines.METHODS.
     """
 
     flag: str
