@@ -3,7 +3,7 @@
 Question: does online learning with the paper's loss reach pi*, and must the Fisher matrix be well
           conditioned for it?
 Command:  python -m experiments.regret
-Time:     45 seconds on one core. There is no model.
+Time:     a minute on one core. There is no model.
 Output:   regret.txt, regret.json and regret.png in experiments/results.
 Answer:
   1. The regret of online gradient descent stops growing where the Fisher matrix is the identity,
