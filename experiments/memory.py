@@ -8,7 +8,8 @@ Time:     6 minutes on 2 cores.
 Output:   memory.txt and memory.json in experiments/results.
 Answer:   on one 80 GB GPU up to 3B, 7B on four, 14B on eight with --offload-ref, all with
           --gradient-checkpointing. With all weights 32B fits on no machine of eight, and more
-          machines do not help, since weights are sharded inside one machine only. Smaller cards: docs/hardware.md.
+          machines do not help, since weights are sharded inside one machine only. Smaller
+          cards: docs/hardware.md.
 
 A micro-batch goes forward and backward through the trainer's own code (apo.policy) at true depth.
 Its tensors have shapes but no storage (FakeTensorMode), and its process group sends nothing.
