@@ -180,11 +180,14 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, exit_on_signal)  # a StopFlag would let this rank wait on
             time.sleep(SECONDS_FOR_RANK_0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # there may be nobody who reads it
+            print(f"error: {error}", file=sys.stderr, flush=True)
         leave_others(2)
         sys.exit(2)
     except Exception:
         if has_others():
+            # If this is only because another rank has failed, torchrun ends this one meanwhile.
+            let_messages_end()
             sys.excepthook(*sys.exc_info())  # it prints the traceback, as Python itself would
             leave_others(1)
         raise
@@ -200,7 +203,6 @@ def leave_others(code: int) -> None:
     """
     if not has_others():
         return
-    let_messages_end()
     with contextlib.suppress(Exception):  # there may be nobody who reads it
         sys.stdout.flush()
     os._exit(code)

@@ -49,7 +49,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # FlashInfer's sampler is compiled at start-up, which needs nvcc. Seeded requests do not use it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # So is its sum over the GPUs of one engine, at the first use. NCCL does it instead.
+    # So is FlashInfer's all-reduce among the GPUs of one engine. NCCL does it instead.
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     # After a stop signal torchrun kills its ranks when so many seconds have passed, by default 30.
     # Stage 2 needs the time of a step and a checkpoint.
@@ -283,7 +283,7 @@ def gpu_options() -> dict[str, Any]:
     options: dict[str, Any] = {
         # FlashInfer would do this, with kernels that are compiled with nvcc.
         "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
-        # It ends the process if PYTORCH_ALLOC_CONF=expandable_segments:True is set.
+        # vLLM's own all-reduce ends the process if PYTORCH_ALLOC_CONF has expandable segments.
         "disable_custom_all_reduce": True,
     }
     if torch.cuda.get_device_capability()[0] == 10:

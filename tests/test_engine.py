@@ -245,10 +245,12 @@ def test_a_gpu_that_cannot_be_used_is_told(
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
-    monkeypatch.setattr(engine, "check_compiler", lambda: None)
+    asked = []
+    monkeypatch.setattr(engine, "check_compiler", lambda: asked.append(True))
     engine.check_hardware(0)
     if says is None:
         engine.check_hardware(2)
+        assert asked == [True]
     else:
         with pytest.raises(UserError, match=says):
             engine.check_hardware(2)
@@ -275,16 +277,22 @@ def test_a_missing_compiler_for_a_gpu_is_told(
     "capability, attention", [((8, 6), None), ((9, 0), None), ((10, 0), "FLASH_ATTN")]
 )
 def test_vllm_takes_the_options_for_gpus(
-    capability: tuple, attention: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: tuple, attention: str | None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are arguments that it knows. On a B200 its own choice would need nvcc."""
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    args = EngineArgs(model=str(tmp_path), **engine.gpu_options())
+    args = EngineArgs(model=str(model), **engine.gpu_options())
     assert args.compilation_config.pass_config.fuse_allreduce_rms is False
     assert args.disable_custom_all_reduce
     assert args.attention_backend == attention
+    given = {}
+    monkeypatch.setattr("vllm.LLM", lambda **options: given.update(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch._dynamo.config.patch(disable=False):
+        engine.start_engine(str(model), 16, 0, 0.5, 1)
+    assert engine.gpu_options().items() <= given.items()
 
 
 def test_a_missing_library_of_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

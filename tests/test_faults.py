@@ -1054,8 +1054,14 @@ def main():
     if sys.argv[1] == "fault beside others":
         engine.launch()
         if rank == "1":
-            atexit.register(time.sleep, 600)  # as vLLM's clean-up waits on GPUs
+            atexit.register(time.sleep, 3600)  # as vLLM's clean-up waits on GPUs
             raise KeyError("of rank 1")
+        torch.distributed.barrier()
+    if sys.argv[1] == "mistake beside others":
+        engine.launch()
+        if rank == "1":
+            atexit.register(time.sleep, 3600)
+            raise UserError("--lr is odd")
         torch.distributed.barrier()
     if sys.argv[1] == "mistake of one":
         if rank == "1":
@@ -1071,7 +1077,14 @@ command_line.run(main)
 
 
 @pytest.mark.parametrize(
-    "what", ["fault", "fault beside others", "mistake of one", pytest.param("mistake", marks=many)]
+    "what",
+    [
+        "fault",
+        "fault beside others",
+        "mistake of one",
+        pytest.param("mistake", marks=many),
+        pytest.param("mistake beside others", marks=many),
+    ],
 )
 def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
     """A rank other than 0 prints its traceback too; a user's mistake is one sentence in all."""
@@ -1080,6 +1093,7 @@ def test_relaunched_script_ends_as_its_ranks_do(what, run, tmp_path):
     result = run(script, what)
     if what.startswith("fault"):
         assert_traceback(result, "KeyError: 'of rank 1'", 'raise KeyError("of rank 1")')
+        assert result.all.count("Traceback") == 1, result.all
     else:
         assert result.code == 2 and only_error(result) == "error: --lr is odd", result.all
 
