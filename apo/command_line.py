@@ -182,7 +182,8 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(SECONDS_FOR_RANK_0)
         with contextlib.suppress(OSError):  # there may be nobody who reads it
             print(f"error: {error}", file=sys.stderr, flush=True)
-        leave_others(2)
+        if has_others():
+            leave_others(2)
         sys.exit(2)
     except Exception:
         if has_others():
@@ -196,13 +197,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def leave_others(code: int) -> None:
-    """End this process at once if there are other ranks, so that torchrun ends them as well.
+    """End this rank at once, so that torchrun ends the others as well.
 
     vLLM cleans up when Python shuts down: it destroys the process group. On GPUs that waits for the
     other ranks, which may wait for this one.
     """
-    if not has_others():
-        return
     with contextlib.suppress(Exception):  # there may be nobody who reads it
         sys.stdout.flush()
     os._exit(code)

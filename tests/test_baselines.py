@@ -703,6 +703,10 @@ def test_rows_differ_in_what_they_run():
     for settings in compare.ROWS.values():
         assert len({setting.method for setting in settings}) == len(settings)
         assert len({setting._replace(method="") for setting in settings}) == len(settings)
+    # compare.json has these; one of your own may come on top.
+    names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
+    methods = [setting.method for setting in compare.COMPARISON]
+    assert methods[: len(names.split())] == names.split()
 
 
 def test_a_task_of_ones_own_runs_through_its_module():
