@@ -248,7 +248,12 @@ def settings_of_run(model: str) -> dict:
         path = folder / "config.json"
         if not path.exists():
             continue
-        config = files.read_json(path)
+        try:
+            config = files.read_json(path)
+        except UserError:
+            if (folder / "metrics.jsonl").exists():
+                raise
+            continue  # some other program's file, of another form
         if "values_digest" not in config:
             continue  # not of a run: a model's own config.json, or some other program's
         check_settings(config, str(path))
@@ -543,7 +548,7 @@ def sample_missing(
 def main() -> None:
     """Check, sample, score, save, print."""
     args = make_parser().parse_args()
-    if args.grade:
+    if args.grade is not None:
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
     # What needs no engine is checked before it starts.

@@ -72,6 +72,12 @@ def launch(tensor_parallel_size: int = 1) -> None:
     # On a CPU, vLLM warns of a dozen things at each start, all of them known and harmless.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if num_gpus > 0 else "ERROR")
     check_hardware(num_gpus)
+    world_size = int(os.environ.get("WORLD_SIZE", max(1, num_gpus)))
+    if world_size % tensor_parallel_size != 0:
+        raise UserError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
+            f"({world_size})"
+        )
     if "RANK" in os.environ:
         check_launcher()
         end_with_launcher()
@@ -93,12 +99,6 @@ def launch(tensor_parallel_size: int = 1) -> None:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo")
     gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(48 * torch.distributed.default_pg_timeout)
-    world_size = torch.distributed.get_world_size()
-    if world_size % tensor_parallel_size != 0:
-        raise UserError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
-            f"({world_size})"
-        )
 
 
 def check_hardware(num_gpus: int) -> None:

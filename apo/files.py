@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError, safe_open
+
 # The files of a model folder that decide what the model says. Whatever else lies there (a README,
 # other formats of the weights, .git) is neither compared nor copied into checkpoints.
 MODEL_FILES = (
@@ -144,7 +146,10 @@ def open_locked(path: Path) -> TextIO:
     has the file open.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it stays locked as long as it is open
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it is locked while it is open
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -240,12 +245,34 @@ def model_folder(model: str) -> Path:
     for pattern in ("config.json", "*.safetensors", "*token*"):
         if not any(folder.glob(pattern)):
             raise UserError(f"{folder} is not a model: it has no {pattern}")
+    check_weights(folder)
     if glob.escape(str(folder)) != str(folder):
         raise UserError(f"vLLM finds no model at {folder}: rename it, without *, ? and [")
     if (folder / "generation_config.json").exists():
         # vLLM would silently do without it, and so without the tokens at which a response ends.
         read_json(folder / "generation_config.json")
     return folder
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError if a model's weights are damaged, or if a part of them is missing.
+
+    Only the head of each file is read. It says how long the file must be.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{index} has no weight_map")
+        for name in sorted(set(places.values())):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} has no {name}, which {index.name} lists")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged, or was not downloaded whole ({error})") from error
 
 
 def model_files(folder: Path) -> list[Path]:

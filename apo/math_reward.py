@@ -238,8 +238,9 @@ def work() -> None:
         try:
             reply = float(decide(gold, box, by_algebra))
         except Exception:
-            traceback.print_exc()
             reply = "error"
+            with contextlib.suppress(MemoryError):
+                traceback.print_exc()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         with contextlib.suppress(BrokenPipeError):  # the calling process has ended meanwhile

@@ -9,8 +9,8 @@ Command:  python -m experiments.countdown make           the task and its refere
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Runs go two at a time, with one thread each. Finished runs are kept, so
           that an interrupted comparison goes on. After a change of code, give another --work.
-Output:   in experiments/results, after each seed: compare.json, .txt and .png; or ablations.json
-          and .txt, as for controls; or off-policy.json, .txt and .png.
+Output:   in experiments/results, after each seed: compare.json, .txt and .png, and costs.png; or
+          ablations.json and .txt, as for controls; or off-policy.json, .txt and .png.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
@@ -24,7 +24,7 @@ compare_results.py sums the runs up, and says what is in the results.
 """
 
 import argparse
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -46,7 +46,9 @@ from experiments.compare_results import (
     SMOOTHING,
     describe_stage_1,
     draw_comparison,
+    draw_costs,
     draw_off_policy,
+    find_budgets,
     make_table,
     read_run,
     read_scores,
@@ -202,9 +204,10 @@ class Job(NamedTuple):
 def run_job(job: Job) -> None:
     """Run a job unless it is finished; one that was interrupted starts again.
 
-    The output goes to FOLDER.log, the command to FOLDER.json. Raises UserError if another command
-    made the folder, or if another comparison is running the same job: the log is locked as long as
-    the job has it open, also if its own comparison has been killed.
+    The output goes to FOLDER.log, the command to FOLDER.json. Raises UserError if the command does
+    not take its flags, if another command made the folder, or if another comparison is running the
+    same job: the log is locked as long as the job has it open, also if its own comparison has been
+    killed.
     """
     note = Path(f"{job.folder}.json")
     if (job.folder / job.product).exists():
@@ -223,6 +226,8 @@ def run_job(job: Job) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+    if process.returncode == 2:  # a mistake in the flags, told in the last line
+        raise UserError(f"{' '.join(job.command)}: {files.read_text(log).splitlines()[-1]}")
     if process.returncode != 0 or not (job.folder / job.product).exists():
         command = " ".join(job.command)
         raise ChildProcessError(f"exit code {process.returncode}, see {log}: python {command}")
@@ -356,7 +361,7 @@ def parse_args() -> argparse.Namespace:
     tuned = "take learning rates and KL weights from this earlier compare.json, and tune nothing"
     add("--tuned", type=Path, metavar="FILE", help=tuned)
     rates = "learning rates to try; one alone is used as it is, with the published KL weight"
-    add("--rates", type=float, nargs="+", default=[1e-4, 2e-4], help=rates)
+    add("--rates", type=command_line.positive_number, nargs="+", default=[1e-4, 2e-4], help=rates)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
     no_seconds = "leave them out of table and picture, if other work ran beside some of the runs"
     add("--no-seconds", action="store_true", help=no_seconds)
@@ -368,12 +373,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load_task(name: str) -> None:
+    """Import the module of a task, which adds it to problems.DATASETS. UserError if missing."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package that it would be in
+        found = None
+    if found is None:
+        raise UserError(f"--task {name}: there is no such module")
+    importlib.import_module(name)
+
+
 def choose_settings(args: argparse.Namespace) -> list[Setting]:
     """Return the rows that the command line asks for; UserError if it cannot have them."""
     settings = {setting.method: setting for setting in ROWS[args.rows]}
     for name in args.only or []:
         if name not in settings:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
+    if args.rows == "process" and args.task != "none":
+        raise UserError("--rows process needs --task none, see experiments/process.py")
     chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]
     for setting in chosen:
         if args.rollout_size % setting.responses != 0:
@@ -425,7 +443,7 @@ def read_tuned(path: Path, losses: list[str]) -> dict[str, Tuned]:
     try:
         found = {}
         for row in json.loads(files.read_text(path)):
-            found[row["method"]] = Tuned(row["learning_rate"], row["kl_weight"])
+            found[row["method"]] = Tuned(float(row["learning_rate"]), float(row["kl_weight"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} has no results of a comparison") from error
     tuned = {}
@@ -466,11 +484,16 @@ def write_results(
     folders_of = {}
     for (setting, _), job in jobs.items():
         folders_of.setdefault(setting, []).append(job.folder)
-    results = []
     runs_of = {}
     for setting, folders in folders_of.items():
         values = values_file(args, setting.value_samples)
-        runs = [read_run(folder, values, args.rollout_size) for folder in folders]
+        runs_of[setting.method] = [
+            read_run(folder, values, args.rollout_size) for folder in folders
+        ]
+    budgets = find_budgets(list(itertools.chain(*runs_of.values())))
+    results = []
+    for setting in folders_of:
+        runs = runs_of[setting.method]
         row = {
             "method": setting.method,
             "seeds": len(runs),
@@ -478,11 +501,10 @@ def write_results(
             "kl_weight": tuned[setting.loss].kl_weight,
             "rollouts": args.num_steps,
         }
-        results.append(row | sum_up(runs, args.goals, args.eval_samples))
-        runs_of[setting.method] = runs
+        results.append(row | sum_up(runs, args.goals, budgets))
     files.write_text(args.out / f"{args.rows}.json", json.dumps(results, indent=1) + "\n")
     costs = ["tokens"] if args.no_seconds else ["tokens", "seconds"]
-    table = make_table(results, read_scores(args.work / "reference"), costs)
+    table = make_table(results, read_scores(args.work / "reference"), costs, budgets)
     table += ["", "pass@1 of each seed", "", *table_of_seeds(runs_of), ""]
     for count in sorted({setting.value_samples for setting in folders_of} - {0}):
         table.append(describe_stage_1(values_file(args, count)))
@@ -493,6 +515,7 @@ def write_results(
     if args.rows == "compare":
         goal = f"{max(args.goals):g}"
         draw_comparison(runs_of, results, costs, goal, args.out / "compare.png")
+        draw_costs(runs_of, costs, args.out / "costs.png")
     elif args.rows == "off-policy" and not args.only:
         draw_off_policy(results, args.out / "off-policy.png")
 
@@ -503,12 +526,13 @@ def main() -> None:
     settings = choose_settings(args)
     losses = list(dict.fromkeys(setting.loss for setting in settings))
     files.check_writable(args.out, is_folder=True)
+    files.check_writable(args.work, is_folder=True)
     if args.tuned is not None:
         if args.tuned.resolve() == (args.out / f"{args.rows}.json").resolve():
             raise UserError(f"{args.tuned} would be replaced: give another --out, or a copy of it")
         tuned, tuning = read_tuned(args.tuned, losses), [f"as in {args.tuned}"]
     if args.task != "none":
-        importlib.import_module(args.task)  # which adds the task to problems.DATASETS
+        load_task(args.task)
     rows = problems.load_problems(args.dataset, "train")
     test_rows = problems.load_problems(args.test, "test")
     fingerprint = files.model_fingerprint(files.model_folder(args.model))

@@ -6,17 +6,18 @@ standard error:
 tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. Its time
                              is that of its values file, with the start-up of its engine.
 reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
-pass_at_1, pass_at_64        of the trained model on the test problems, at temperature 1
+pass_at_1, ..., pass_at_64   of the trained model on the test problems, at temperature 1
 kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
 kl_other, reward_other       on problems with two numbers, which training has not seen
 tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
                              run did. The reward is the mean of the SMOOTHING steps around each. It
                              is noisier for methods with fewer prompts in a step, which therefore
                              touch a goal earlier. pass_at_1 has no such fault.
+reward_at_equal_tokens,      reward_final if each run had stopped when the cheapest of all runs
+reward_at_equal_seconds      ended; null if stage 1 alone takes more than that
 """
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from apo import files
-from experiments.plot import COLOURS, smooth, spread
+from experiments.plot import COLOURS, Label, label_lines, smooth, spread
 
 SMOOTHING = 9  # steps
-NAMES_IN_TABLE = "reward_final|pass_at_.*|kl|.*_other"
 # How a row is called in a picture, if not by its name in the results.
 LABELS = {
     "a_star_po_n8": "A*-PO, N = 8",
@@ -73,12 +73,16 @@ class Scores(NamedTuple):
 class Run(NamedTuple):
     """The log of a training run, with what was spent, stage 1 included, before each step."""
 
-    reward: list[float]  # of each step, smoothed
+    rewards: list[float]  # of each step
     tokens: list[float]  # sampled before each step; and one more, the total
     seconds: list[float]  # the same
-    reward_final: float
     kl: float
     scores: Scores  # of the trained model
+
+    @property
+    def smooth_rewards(self) -> list[float]:
+        """The reward of each step, as a mean over the steps around it."""
+        return smooth(self.rewards, SMOOTHING)
 
 
 def read_scores(folder: Path) -> Scores:
@@ -99,12 +103,10 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
         tokens_of_each = step["response_tokens"] + step.get("ref_tokens", 0.0)
         tokens.append(tokens[-1] + tokens_of_each * rollout_size)
         seconds.append(seconds[-1] + step["seconds_total"])
-    rewards = [step["reward"] for step in steps]
     return Run(
-        reward=smooth(rewards, SMOOTHING),
+        rewards=[step["reward"] for step in steps],
         tokens=tokens,
         seconds=seconds,
-        reward_final=statistics.mean(rewards[-SMOOTHING:]),
         kl=statistics.mean(step["logratio"] for step in steps[-SMOOTHING:]),
         scores=read_scores(folder),
     )
@@ -130,6 +132,23 @@ def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float
     return None
 
 
+def reward_within(run: Run, what: str, budget: float) -> float | None:
+    """Return the reward of the last SMOOTHING steps that a budget of tokens or seconds allows.
+
+    None if it does not allow one step after stage 1.
+    """
+    spent = getattr(run, what)
+    finished = sum(spent_after <= budget for spent_after in spent[1:])
+    if finished == 0:
+        return None
+    return statistics.mean(run.rewards[max(0, finished - SMOOTHING) : finished])
+
+
+def find_budgets(runs: list[Run]) -> dict[str, float]:
+    """Return what the cheapest of all runs took, in each of UNITS."""
+    return {what: min(getattr(run, what)[-1] for run in runs) for what in UNITS}
+
+
 def mean_and_error(values: Sequence[float | None]) -> list[float] | None:
     """Return the mean and its standard error, 0 for a single value; None if one is missing."""
     if None in values:
@@ -140,48 +159,52 @@ def mean_and_error(values: Sequence[float | None]) -> list[float] | None:
     return [statistics.mean(values), error]
 
 
-def sum_up(runs: list[Run], goals: list[float], eval_samples: int) -> dict:
-    """Sum up the runs of one row. The keys are explained above."""
+def sum_up(runs: list[Run], goals: list[float], budgets: dict[str, float]) -> dict:
+    """Sum up the runs of one row. The keys are explained above; `budgets` is by tokens, seconds."""
     row = {
         "tokens_total": mean_and_error([run.tokens[-1] for run in runs]),
         "seconds_total": mean_and_error([run.seconds[-1] for run in runs]),
-        "reward_final": mean_and_error([run.reward_final for run in runs]),
+        "reward_final": mean_and_error([statistics.mean(run.rewards[-SMOOTHING:]) for run in runs]),
     }
-    for k in (1, eval_samples):
-        row[f"pass_at_{k}"] = mean_and_error([run.scores.pass_at_k[str(k)] for run in runs])
+    for k in runs[0].scores.pass_at_k:
+        row[f"pass_at_{k}"] = mean_and_error([run.scores.pass_at_k[k] for run in runs])
     row["kl"] = mean_and_error([run.kl for run in runs])
     for name in runs[0].scores.other:
         row[f"{name}_other"] = mean_and_error([run.scores.other[name] for run in runs])
     row["tokens_to"] = {}
     row["seconds_to"] = {}
     for goal in goals:
-        tokens = [reach(run.reward, run.tokens, goal) for run in runs]
-        seconds = [reach(run.reward, run.seconds, goal) for run in runs]
+        tokens = [reach(run.smooth_rewards, run.tokens, goal) for run in runs]
+        seconds = [reach(run.smooth_rewards, run.seconds, goal) for run in runs]
         row["tokens_to"][f"{goal:g}"] = mean_and_error(tokens)
         row["seconds_to"][f"{goal:g}"] = mean_and_error(seconds)
+    for what, budget in budgets.items():
+        rewards = [reward_within(run, what, budget) for run in runs]
+        row[f"reward_at_equal_{what}"] = mean_and_error(rewards)
     return row
 
 
-def make_table(results: list[dict], reference: Scores, costs: Sequence[str]) -> list[str]:
+def make_table(
+    results: list[dict], reference: Scores, costs: Sequence[str], budgets: dict[str, float]
+) -> list[str]:
     """Write the results as text: what each method has in the end, and what each goal took.
 
-    `costs` are the names of UNITS that are wanted.
+    `costs` are the names of UNITS that are wanted. `budgets` are those of equal cost.
     """
     lines = ["In the end (mean ± standard error over the seeds)", ""]
     lines += table_of_scores(results, reference)
-    title = "stage 1 included: in all, and to each reward (- unless every run reached it)"
     for what in costs:
-        lines += ["", f"{UNITS[what].name}, {title}", ""]
-        lines += table_of_costs(results, what, UNITS[what].size)
+        unit = UNITS[what]
+        budget = f"{budgets[what] / unit.size:.3g}"
+        title = "stage 1 included: in all, and to each reward (- unless every run reached it)"
+        lines += ["", f"{unit.name}, {title};", f"and the reward after {budget} {unit.name}", ""]
+        lines += table_of_costs(results, what, unit.size, f"reward at {budget}")
     return lines
 
 
 def table_of_scores(results: list[dict], reference: Scores) -> list[str]:
     """Write a line for the reference and for each method, with all scores."""
-    names = []
-    for name in results[0]:
-        if re.fullmatch(NAMES_IN_TABLE, name):
-            names.append(name)
+    names = names_in_table(results[0])
     header = f"{'method':26} seeds  rate      KL weight"
     of_reference = f"{'reference':53}"
     for name in names:
@@ -201,17 +224,26 @@ def table_of_scores(results: list[dict], reference: Scores) -> list[str]:
     return lines
 
 
-def table_of_costs(results: list[dict], what: str, unit: float) -> list[str]:
-    """Write a line for each method, with what was spent in all and until each goal."""
+def names_in_table(row: dict) -> list[str]:
+    """Choose the columns: of pass@k those of k = 1, 8 and the largest k."""
+    pass_at_k = [name for name in row if name.startswith("pass_at_")]
+    names = [name for name in ("pass_at_1", "pass_at_8") if name in pass_at_k]
+    if pass_at_k[-1] not in names:
+        names.append(pass_at_k[-1])
+    return ["reward_final", *names, "kl", *(name for name in row if name.endswith("_other"))]
+
+
+def table_of_costs(results: list[dict], what: str, unit: float, last_column: str) -> list[str]:
+    """Write a line for each method: the cost in all and to each goal, and reward at equal cost."""
     header = f"{'method':26}{'total':>18}"
     for goal in results[0][f"{what}_to"]:
         header += f"{goal:>18}"
-    lines = [header]
+    lines = [f"{header}{last_column:>18}"]
     for row in results:
         line = f"{row['method']:26}"
         for pair in (row[f"{what}_total"], *row[f"{what}_to"].values()):
             line += f"{format_pair(pair, unit):>18}"
-        lines.append(line)
+        lines.append(f"{line}{format_pair(row[f'reward_at_equal_{what}']):>18}")
     return lines
 
 
@@ -299,7 +331,7 @@ def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: flo
     """Draw one line with its band for each method, against tokens or seconds."""
     axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=COLOURS))
     for runs in runs_of.values():
-        rewards = numpy.array([run.reward for run in runs])
+        rewards = numpy.array([run.smooth_rewards for run in runs])
         spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0) / unit
         mean = rewards.mean(axis=0)
         error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
@@ -342,13 +374,51 @@ def name_lines(axes: Axes, methods: list[str]) -> None:
         axes.annotate(text, place, xycoords="axes fraction", color=line.get_color(), fontsize=8)
 
 
+def draw_costs(runs_of: dict[str, list[Run]], costs: Sequence[str], out: Path) -> None:
+    """Draw what a run of each method costs, as a bar whose hatched part is stage 1."""
+    size = (2.0 + 3.1 * len(costs), 0.8 + 0.3 * len(runs_of))
+    figure, panels = pyplot.subplots(
+        1, len(costs), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    names = [label_of(method) for method in runs_of]
+    for axes, what in zip(panels[0], costs, strict=True):
+        unit = UNITS[what]
+        totals = [statistics.mean(getattr(run, what)[-1] for run in r) for r in runs_of.values()]
+        firsts = [statistics.mean(getattr(run, what)[0] for run in r) for r in runs_of.values()]
+        axes.barh(names, numpy.array(totals) / unit.size, color=COLOURS[0])
+        axes.barh(
+            names,
+            numpy.array(firsts) / unit.size,
+            color="white",
+            edgecolor=COLOURS[0],
+            hatch="////",
+            label="stage 1",
+        )
+        axes.set_title(title_of_costs(names, totals, what), fontsize=9, loc="left")
+        axes.set_xlabel(f"{unit.name} of one run", fontsize=8.5)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].invert_yaxis()  # the first method on top
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", fontsize=8)
+    figure.savefig(out, dpi=200)
+    pyplot.close(figure)
+
+
+def title_of_costs(names: list[str], totals: list[float], what: str) -> str:
+    """Say in a picture's title which method costs the most, and which the least."""
+    most = names[totals.index(max(totals))]
+    least = names[totals.index(min(totals))]
+    return f"{what.capitalize()}: most with {most},\nfewest with {least}"
+
+
 def draw_off_policy(results: list[dict], out: Path) -> None:
     """Draw the final reward against how often a rollout is used, for V*, the mean and 0."""
     rows = {row["method"]: row for row in results}
     ticks = {"updates_1": "1 update", "updates_4": "4 updates", "updates_16": "16 updates"}
     ticks["replay"] = "replay of\n4 rollouts"
     figure, axes = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
-    axes.set_prop_cycle(color=COLOURS)
+    labels = []
     at_replay = {}
     for shift, (baseline, label) in enumerate(
         (("v_star", "V*"), ("mean", "mean reward"), ("zero", "0"))
@@ -361,7 +431,9 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
             places.append(number + 0.06 * (shift - 1))
             means.append(mean)
             errors.append(error)
-        axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, label=label)
+        colour = COLOURS[shift]
+        axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, color=colour)
+        labels.append(Label(f"with {label}", means[-1], colour))
         at_replay[label] = means[-1]
     best = max(at_replay, key=at_replay.get)
     axes.set_title(f"With replay, {best} in V*'s place ends highest", fontsize=9, loc="left")
@@ -369,7 +441,7 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
     axes.set_xlabel("use of each rollout", fontsize=8.5)
     note = "bar: ± 1 s.e." if any(errors) else "one run each"
     axes.set_ylabel(f"reward at the end ({note})", fontsize=8.5)
-    axes.legend(title="in V*'s place", fontsize=8.5, title_fontsize=8.5, frameon=False)
+    label_lines(axes, labels)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=200)

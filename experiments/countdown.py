@@ -247,9 +247,14 @@ def draw_sets(
     rng: random.Random, num_train: int, num_test: int
 ) -> tuple[list[Problem], list[Problem]]:
     """Draw distinct problems, and split them into a training and a test set."""
+    wanted = num_train + num_test
     drawn = {}  # a dict keeps the order of drawing, a set would not
-    while len(drawn) < num_train + num_test:
+    for _ in range(100 * wanted):  # if these do not suffice, there are not so many
         drawn[draw_problem(rng)] = None
+        if len(drawn) == wanted:
+            break
+    else:
+        raise files.UserError(f"there are not {wanted} different problems: ask for fewer")
     shuffled = rng.sample(list(drawn), len(drawn))
     return shuffled[:num_train], shuffled[num_train:]
 
@@ -429,6 +434,8 @@ def tries_of(response: str) -> list[str]:
 def describe(path: str) -> str:
     """Say how the responses in a file of stage 3 search."""
     records = files.read_jsonl(path)
+    if not records or not all({"output", "reward"} <= record.keys() for record in records):
+        raise files.UserError(f"{path} has no responses of stage 3")
     num_tries = 0
     num_enough = 0
     num_first_hits = 0

@@ -120,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the trained model")
     add("--reference", type=Path, default=Path("countdown/reference"), help="the reference")
-    add("--seed", type=int, default=0, help="seed of sampling")
+    add("--seed", type=command_line.seed, default=0, help="seed of sampling")
     add("--out", type=Path, required=True, help="file to write")
     return parser.parse_args()
 
@@ -128,8 +128,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure one model."""
     args = parse_args()
+    files.check_writable(args.out)
     disable_progress_bar()
-    result = measure(args.model, args.reference, args.seed)
+    folders = [files.model_folder(str(model)) for model in (args.model, args.reference)]
+    result = measure(*folders, args.seed)
     print(result)
     files.write_json(args.out, result)
 

@@ -59,6 +59,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="when to stop")
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is no folder")
     args.only = NAMES if args.only is None else args.only.split(",")
     for name in args.only:
         if name not in NAMES:

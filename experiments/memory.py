@@ -57,7 +57,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train_online
 from apo import command_line, lora, memory_budget, policy
-from apo.files import UserError, write_json, write_text
+from apo.files import UserError, check_writable, write_json, write_text
 from apo.memory_budget import GIB, Budget
 
 GPUS_PER_MACHINE = 8
@@ -267,7 +267,7 @@ def simulate_once(
 
 def simulate_command(command: Command) -> Case:
     """Simulate what is not arithmetic, and make the budget of a command with it."""
-    args = train_online.make_parser().parse_args(command.flags.split())
+    args = train_online.make_parser().parse_args(shlex.split(command.flags))
     lora.check(args.lora_rank, args.offload_ref)
     per_machine = min(command.gpus, GPUS_PER_MACHINE)
     num_machines = command.gpus // per_machine
@@ -440,7 +440,7 @@ def parse_args() -> tuple[argparse.Namespace, str]:
     add("--no-check", action="store_true", help="leave out the run on the CPU")
     add("--results", type=Path, help="folder; with --shapes nothing is written unless it is given")
     args, flags = parser.parse_known_args()
-    train_online.make_parser().parse_args(flags)  # exits if they are none of its flags
+    tensor_parallel_size = train_online.make_parser().parse_args(flags).tensor_parallel_size
     try:
         args.gpus = [int(number) for number in args.gpus.split(",")]
     except ValueError as error:
@@ -448,6 +448,8 @@ def parse_args() -> tuple[argparse.Namespace, str]:
     for number in args.gpus:
         if number < 1 or (number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE != 0):
             raise UserError(f"{number} GPUs are not whole machines of {GPUS_PER_MACHINE}")
+        if number % tensor_parallel_size != 0:
+            raise UserError(f"--tensor-parallel-size {tensor_parallel_size} of {number} GPUs")
     if args.shapes is None:
         args.results = args.results or Path("experiments/results")
     else:
@@ -458,6 +460,8 @@ def parse_args() -> tuple[argparse.Namespace, str]:
 def main() -> None:
     """Simulate, check, print, and keep the log and the numbers."""
     args, flags = parse_args()
+    if args.results is not None:
+        check_writable(args.results, is_folder=True)
     start = time.perf_counter()
     command = shlex.join(["python", "-m", "experiments.memory", *sys.argv[1:]])
     log = [f"$ {command}", ""]

@@ -166,6 +166,8 @@ def draw_v_star() -> None:
 def draw_stage_1(values: dict) -> None:
     """Draw how many problems have k right responses, and V* for each k."""
     num_problems = len(values["prompts"])
+    if any(len(prompt["rewards"]) != NUM_SAMPLES for prompt in values["prompts"]):
+        raise files.UserError(f"the picture is of {NUM_SAMPLES} responses to each problem")
     counts = [0] * (NUM_SAMPLES + 1)
     for prompt in values["prompts"]:
         counts[sum(reward > 0 for reward in prompt["rewards"])] += 1
@@ -190,30 +192,20 @@ def draw_stage_1(values: dict) -> None:
 
 
 def draw_step_time(metrics: list[dict]) -> None:
-    """Draw the median seconds of each part of a step, as one bar."""
+    """Draw the median seconds of each part of a step."""
     steps = [row for row in metrics if row["step"] > 1]  # the first one warms up
     seconds = {key: statistics.median(row[key] for row in steps) for key in PARTS}
     total = sum(seconds.values())
     largest = max(seconds, key=seconds.get)
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.9))
-    left = 0.0
-    for (key, words), colour in zip(PARTS.items(), COLOURS, strict=False):
-        axes.barh(0, seconds[key], left=left, color=colour)
-        share = seconds[key] / total
-        if share > 0.05:
-            middle = left + seconds[key] / 2
-            axes.text(middle, 0, f"{words}\n{share:.0%}", ha="center", va="center", color="white")
-        left += seconds[key]
-    axes.set_yticks([])
-    axes.set_ylim(-0.5, 0.5)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("seconds per step (median, CPU)")
-    axes.set_title(
-        f"On the toy the largest part of a step is “{PARTS[largest]}”",
-        loc="left",
-        fontweight="bold",
-    )
+    figure, axes = pyplot.subplots(figsize=(8, 2.3))
+    axes.barh([PARTS[key] for key in seconds], list(seconds.values()), color=COLOURS[0])
+    for row, value in enumerate(seconds.values()):
+        axes.text(value + 0.01 * total, row, f"{value:.3f} s, {value / total:.0%}", va="center")
+    axes.invert_yaxis()  # the first part on top
+    axes.set_xlim(right=1.25 * seconds[largest])
+    title = f"On the toy, the largest part of a step is: {PARTS[largest]}"
+    strip(axes, title, "seconds per step (median, CPU)", "")
     save(figure, "step-time.png")
 
 

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from apo import command_line
-from apo.files import UserError, read_json, read_jsonl
+from apo.files import UserError, check_writable, read_json, read_jsonl
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Their yellow is left out,
 # because it is hard to see on white. The eighth run starts again with dashed lines.
@@ -338,9 +338,11 @@ def draw_v_star(axes: Axes, run: Run) -> None:
     if len(values) >= SMOOTH_FROM:
         values = smooth(values, window=len(values) // 10)
     axes.plot(line.steps, values, "--", color="0.4", linewidth=1.2)
+    # The text is about half as wide as the panel: it goes below the lowest value of that half.
+    lowest = min(values[len(values) // 2 :])
     axes.annotate(
         "V* of the same prompts",
-        (line.steps[-1], values[-1]),
+        (line.steps[-1], lowest),
         xytext=(0, -4),
         textcoords="offset points",
         color="0.3",
@@ -396,7 +398,10 @@ def main() -> None:
     out = args.out or default_out(args.runs[0])
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out} must end in .png, .svg or .pdf.")
-    draw(load_runs(args.runs), out)
+    runs = load_runs(args.runs)
+    check_writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, out)
     print(f"curves: {out}")
 
 

@@ -192,6 +192,8 @@ def main() -> None:
             "start again with another --out"
         )
     data = train_online.check(args)
+    if data.values.header["task"] != "math" or data.values.header["temperature"] != 1:
+        raise files.UserError("process knows mathematics alone, sampled at temperature 1")
     engine.launch(args.tensor_parallel_size)
     train_online.train(args, data, process(args, data))
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 import losses
 from apo import command_line
+from apo.files import check_writable
 from experiments.plot import COLOURS, Label, finish, label_lines, save
 from experiments.theory import BETA, FLOAT64, checkpoints, expected_loss, write_results
 
@@ -369,10 +370,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("experiments/results"), help="folder")
-    add("--seed", type=int, default=0, help="seed of the problems and of all samples")
-    add("--rounds", type=int, default=2000, help="rounds T")
-    add("--worlds", type=int, default=16, help="independent problems, for the standard errors")
+    add("--seed", type=command_line.seed, default=0, help="seed of the problems and of all samples")
+    add("--rounds", type=command_line.positive_integer, default=2000, help="rounds T")
+    add("--worlds", type=command_line.positive_integer, default=16, help="independent problems")
     args = parser.parse_args()
+    check_writable(args.out, is_folder=True)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are tiny
     start = time.process_time()

@@ -16,7 +16,6 @@ speed   `grade` and math-verify as its README uses it, a process for each core, 
 load    100 right answers that take algebra, beside 0, 2 and 4 processes that keep a core busy.
 """
 
-import json
 import multiprocessing
 import random
 import subprocess
@@ -24,9 +23,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from apo import command_line, files
 from apo.math_reward import check_answer, counts, grade, last_box
 
 # How often `grade` and math-verify take turns.
@@ -43,10 +42,10 @@ PATHOLOGICAL = [r"9^{9^{9^9}}", "10000000!", DEEP, HUGE, r"\sin(10^{10^{7}})"]
 def load_rows(path: str) -> list[dict]:
     """Read the rows whose answer can be graded, each with an id and a solution that has a box."""
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines()):
-        row = {"id": f"{path}:{number + 1}"} | json.loads(line)
+    for number, row in enumerate(files.read_jsonl(path), start=1):
+        row = {"id": f"{path}:{number}"} | row
         try:
-            check_answer(row["answer"])
+            check_answer(row.get("answer", ""))
         except ValueError as error:
             print(f"{row['id']}: {error}")
             continue
@@ -183,10 +182,9 @@ def main() -> None:
         for path in paths:
             measure_speed(path)
     else:
-        print("error: give `check` or `speed` with files, or `load`", file=sys.stderr)
-        sys.exit(2)
+        raise files.UserError("give `check` or `speed` with files, or `load`")
     print(counts)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -245,14 +245,20 @@ def draw_sets(
     the training set are distinct, but the same numbers may come again with other names and things.
     """
     test = {}
-    while len(test) < num_test:
-        problem = draw_problem(rng)
-        test.setdefault(problem.key, problem)
     train = {}
-    while len(train) < num_train:
+    # If so many draws do not suffice, there are not so many problems.
+    for _ in range(100 * (num_train + num_test)):
         problem = draw_problem(rng)
-        if problem.key not in test:
+        if len(test) < num_test:
+            test.setdefault(problem.key, problem)
+        elif problem.key not in test:
             train.setdefault(problem.question, problem)
+        if len(train) == num_train:
+            break
+    else:
+        raise files.UserError(
+            f"there are not {num_test} test problems and {num_train} others: ask for fewer"
+        )
     return list(train.values()), list(test.values())
 
 

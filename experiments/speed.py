@@ -55,7 +55,7 @@ import losses
 import train_online
 from apo import command_line, engine
 from apo.engine import Request, Response
-from apo.files import model_folder, write_json, write_text
+from apo.files import check_writable, model_folder, write_json, write_text
 from apo.policy import COMPUTE_DTYPE, DEVICE, ON_GPU, MicroBatch, assign_to_ranks
 from experiments.memory import SHAPES, full_name
 from experiments.toy import make_tokenizer
@@ -227,7 +227,13 @@ class Bench:
         """Update the policy, as the trainer does."""
         with timed(self.real, "update"):
             loss = train_online.a_star_po(self.args.beta2).loss
-            train_online.update(self.run.policy, self.run.optimizer, self.updates, loss)
+            train_online.update(
+                self.run.policy,
+                self.run.optimizer,
+                self.updates,
+                loss,
+                self.args.max_grad_norm,
+            )
 
     def bare_update(self) -> None:
         """Run the plain model forward and backward."""
@@ -485,14 +491,15 @@ def measure(args: argparse.Namespace, data: train_online.TrainingData) -> None:
         log += lines
     if dist.get_rank() == 0:
         print("\n".join(log))
-        write_text(args.results.with_suffix(".txt"), "\n".join(log) + "\n")
-        write_text(args.results.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+        write_text(f"{args.results}.txt", "\n".join(log) + "\n")
+        write_text(f"{args.results}.json", json.dumps(results, indent=1) + "\n")
     engine.stop_engine(bench.run.llm)
 
 
 def main() -> None:
     """Check, launch, measure."""
     args = parse_args()
+    check_writable(f"{args.results}.txt")
     if args.shape is not None:
         name = full_name(args.shape)
         folder = Path("runs", f"speed-{name}")

@@ -29,11 +29,12 @@ matplotlib.use("Agg")  # there may be no display
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 import losses
 from apo import command_line
-from apo.files import write_text
+from apo.files import check_writable, write_text
 from experiments.plot import COLOURS, Label, finish, label_lines, save
 
 FLOAT64 = torch.float64
@@ -318,11 +319,19 @@ def draw_errors(out: Path) -> None:
 
 
 def draw_error(axes: Axes, p: Tensor, values: Tensor, name: str, colour: str) -> None:
-    """Draw one line, and write its name above its highest point."""
+    """Draw one line, and write its name above its highest point, on white."""
     axes.plot(p, values, color=colour, linewidth=1.5)
     top = (p[values.argmax()], values.max())
     axes.plot(*top, "o", color=colour, markersize=4)
-    axes.annotate(name, top, (-2, 5), textcoords="offset points", color=colour, fontsize=8)
+    axes.annotate(
+        name,
+        top,
+        (-2, 5),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8,
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # over the other lines
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder")
     args = parser.parse_args()
+    check_writable(args.out, is_folder=True)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are tiny
     start = time.process_time()

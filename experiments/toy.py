@@ -42,7 +42,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from apo.command_line import run, seed
+from apo.command_line import positive_integer, positive_number, run, seed
 from apo.files import (
     UserError,
     check_writable,
@@ -338,18 +338,12 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("toy"), help="folder to write to")
     add("--keep", action="store_true", help="keep a toy that was made with the same settings")
     add("--seed", type=seed, default=0, help="seed of problems, initial weights and training")
-    add("--num-train", type=int, default=1024, help="problems in train.jsonl")
-    add("--num-test", type=int, default=256, help="problems in test.jsonl")
-    add("--num-steps", type=int, default=600, help="updates of the reference")
-    add("--batch-size", type=int, default=64, help="worked answers per update")
-    add("--lr", type=float, default=1e-2, help="learning rate, after 30 steps of warm-up")
-    args = parser.parse_args()
-    for name in ("num_train", "num_test", "num_steps", "batch_size"):
-        value = getattr(args, name)
-        if value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be at least 1, not {value}.")
-    return args
+    add("--num-train", type=positive_integer, default=1024, help="problems in train.jsonl")
+    add("--num-test", type=positive_integer, default=256, help="problems in test.jsonl")
+    add("--num-steps", type=positive_integer, default=600, help="updates of the reference")
+    add("--batch-size", type=positive_integer, default=64, help="worked answers per update")
+    add("--lr", type=positive_number, default=1e-2, help="learning rate, after 30 steps of warm-up")
+    return parser.parse_args()
 
 
 def main() -> None:

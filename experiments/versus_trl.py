@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apo import command_line, problems
-from apo.files import UserError, read_json, read_jsonl, write_json, write_text
+from apo.files import UserError, check_writable, read_json, read_jsonl, write_json, write_text
 
 RESULTS = Path("experiments/results")
 BETA1 = 0.5
@@ -286,9 +286,15 @@ def main() -> None:
         raise UserError(
             f"{args.trl} has no trl; the first lines of this file say how to install it"
         )
+    check_writable(args.results, is_folder=True)
     if any(args.out.glob("*")):
         raise UserError(f"{args.out} is not empty: remove it, or give another --out")
-    sizes = [int(size) for size in args.trl_batch_sizes.split(",")]
+    try:
+        sizes = [int(size) for size in args.trl_batch_sizes.split(",")]
+    except ValueError as error:
+        raise UserError(f"--trl-batch-sizes {args.trl_batch_sizes}: give numbers") from error
+    if any(size < 1 or args.batch_size % size != 0 for size in sizes):
+        raise UserError(f"--trl-batch-sizes: each must divide --batch-size {args.batch_size}")
     head = "".join(f"{name:>10}" for name in Times._fields)
     lines = [f"$ {' '.join(['python -m experiments.versus_trl', *sys.argv[1:]])}"]
     lines += [f"{os.cpu_count()} cores, {platform.machine()}, seconds", f"{'':16}{head}"]

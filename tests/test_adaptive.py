@@ -1,8 +1,11 @@
 """The rules that divide samples among prompts, against draws and against algebra."""
 
+import sys
+
 import numpy
 import pytest
 
+from apo import files
 from experiments import adaptive
 from experiments.adaptive import Spread
 
@@ -57,3 +60,16 @@ def test_where_all_prompts_are_alike_nothing_can_be_saved() -> None:
     # Half of the prompts are always right and need no samples.
     half = Spread(rates=numpy.array([0.4, 1.0]), weights=numpy.array([0.5, 0.5]))
     assert adaptive.large_n_limit(half) == pytest.approx(0.5)
+
+
+def test_the_command_writes_a_row_for_each_values_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(adaptive, "MOST", 9)  # quicker
+    values, out = tmp_path / "values.json", tmp_path / "table.txt"
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
+    files.write_json(values, {"prompts": [{"rewards": each} for each in rewards]})
+    monkeypatch.setattr(sys, "argv", ["adaptive", str(values), "--out", str(out)])
+    adaptive.main()
+    last = out.read_text().splitlines()[-1]
+    measured = Spread(rates=numpy.array([0.25, 0.75]), weights=numpy.array([0.5, 0.5]))
+    assert last.startswith(str(values))
+    assert last.endswith(f"{adaptive.large_n_limit(measured):.0%}")

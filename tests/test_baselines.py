@@ -689,6 +689,9 @@ def test_a_finished_job_is_kept(tmp_path):
         assert (tmp_path / "count").read_text() == "x"
     with pytest.raises(UserError, match="command"):
         compare.run_job(job._replace(command=[*job.command, "more"]))
+    code = "import sys; print('no such flag'); sys.exit(2)"
+    with pytest.raises(UserError, match="no such flag"):  # the sentence that the command printed
+        compare.run_job(compare.Job(["-c", code], tmp_path / "flags", "done"))
     bad = compare.Job(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
     with (
         files.open_locked(tmp_path / "bad.log"),  # as another comparison has it
@@ -759,6 +762,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     compare.main()
     ours, rebel = json.loads((tmp_path / "compare.json").read_text())
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert (tmp_path / "costs.png").stat().st_size > 10_000
     assert list(ours) == [
         *("method", "seeds", "learning_rate", "kl_weight", "rollouts"),
         *(
@@ -770,6 +774,8 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
             "kl",
             "tokens_to",
             "seconds_to",
+            "reward_at_equal_tokens",
+            "reward_at_equal_seconds",
         ),
     ]
     assert ours["method"] == "a_star_po_n2"
@@ -791,6 +797,11 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert ours["tokens_to"]["0.65"] == pytest.approx([20 + 40, 0])
     assert rebel["seconds_to"]["0.65"] == pytest.approx([1.5, 0.5])
     assert ours["tokens_to"]["2"] is None
+    # The cheapest run takes 240 tokens or 6 s. Stage 1 alone takes longer.
+    assert ours["reward_at_equal_tokens"] == pytest.approx([0.7, 0])  # five steps
+    assert rebel["reward_at_equal_tokens"] == pytest.approx([0.8, 0])  # all six
+    assert ours["reward_at_equal_seconds"] is None
+    assert rebel["reward_at_equal_seconds"] == pytest.approx([0.7, 0.1])  # six steps, and three
     table = (tmp_path / "compare.txt").read_text().splitlines()
     assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
@@ -821,7 +832,17 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
                 compare.main()
 
 
-def test_an_unknown_row_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare", "--task", "none", "--only", "reinforce"])
-    with pytest.raises(UserError, match="--only reinforce: choose from a_star_po_n8"):
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--task none --only reinforce", "--only reinforce: choose from a_star_po_n8"),
+        ("--task experiments.chess", "--task experiments.chess: there is no such module"),
+        ("--task chess.rules", "--task chess.rules: there is no such module"),
+        ("--rows process", "--rows process needs --task none"),
+        ("--work README.md/work", "cannot be written"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(monkeypatch, flags, says):
+    monkeypatch.setattr(sys, "argv", ["compare", *flags.split()])
+    with pytest.raises(UserError, match=says):
         compare.main()

@@ -482,6 +482,20 @@ def test_another_second_word_is_refused(monkeypatch):
         countdown.main()
 
 
+def test_more_problems_than_there_are_is_refused(monkeypatch):
+    only = countdown.Problem((1, 2, 7), 10)
+    monkeypatch.setattr(countdown, "draw_problem", lambda rng: only)
+    with pytest.raises(UserError, match="not 2 different problems"):
+        countdown.draw_sets(random.Random(0), 1, 1)
+
+
+def test_describe_wants_responses(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
+    monkeypatch.setattr(sys, "argv", ["countdown", "describe", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(UserError, match="has no responses"):
+        countdown.main()
+
+
 def test_as_a_command_the_reward_has_its_full_name():
     """Started with -m the module is called __main__, which no other program could look up."""
     code = (

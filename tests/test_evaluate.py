@@ -288,6 +288,12 @@ def test_the_settings_of_a_run_are_found_beside_its_models(
 def test_another_programs_config_is_no_runs(trained_run: Path) -> None:
     files.write_json(trained_run / "config.json", {"max_tokens": 7, "system_prompt": "Be brief."})
     assert evaluate.settings_of_run(str(trained_run / "final")) == {}
+    (trained_run / "config.json").write_text("[1, 2]")
+    assert evaluate.settings_of_run(str(trained_run / "final")) == {}
+    # A run's own, edited into something else, is the user's mistake.
+    (trained_run / "metrics.jsonl").touch()
+    with pytest.raises(files.UserError, match="not an object"):
+        evaluate.settings_of_run(str(trained_run / "final"))
 
 
 def test_results_do_not_replace_the_benchmark(tmp_path: Path) -> None:

@@ -136,6 +136,18 @@ def test_picture_of_an_unknown_kind_is_refused_before_reading(tmp_path, monkeypa
         plot.main()
 
 
+def test_picture_goes_to_a_new_folder_but_not_below_a_file(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 2)
+    out = tmp_path / "new" / "curve.png"
+    monkeypatch.setattr(sys, "argv", ["plot", str(run), "--out", str(out)])
+    plot.main()
+    assert out.exists()
+    below = run / "metrics.jsonl" / "curve.png"
+    monkeypatch.setattr(sys, "argv", ["plot", str(run), "--out", str(below)])
+    with pytest.raises(UserError, match="cannot be written"):
+        plot.main()
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [

@@ -78,6 +78,8 @@ def test_train_and_test_sets_are_apart_and_follow_from_the_seed():
     assert {problem.kind for problem in test} == ANSWERS.keys()
     assert smollm.draw_sets(random.Random(3), 3000, 240) == (train, test)
     assert smollm.draw_sets(random.Random(4), 3000, 240) != (train, test)
+    with pytest.raises(UserError, match="not 3000 test problems"):
+        smollm.draw_sets(random.Random(3), 10, 3000)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -188,7 +188,6 @@ def test_keep_leaves_a_toy_of_the_same_settings_as_it_is(made, monkeypatch, caps
         (["--keep", "--seed=1"], "seed 0, not 1"),
         (["--keep", "--num-steps=3"], "num_steps 2, not 3"),
         ([], "reference exists"),
-        (["--num-train=0"], "--num-train must be at least 1, not 0"),
     ],
 )
 def test_another_toy_in_the_folder_is_refused_and_left_alone(made, monkeypatch, flags, message):
