@@ -427,8 +427,8 @@ def read_summary(out: Path, header: dict, benchmarks: dict[str, Benchmark]) -> d
 def check_results(out: Path, names: list[str]) -> None:
     """Raise UserError if a user's file has a name under which samples are to be saved.
 
-    `names` are benchmarks that summary.json does not list. A file of theirs is ours only if a kill
-    has left its partial folder beside it.
+    `names` are benchmarks that summary.json does not list. A file with such a name is ours only if
+    a kill has left its partial folder.
     """
     for name in names:
         path = out / f"{name}.jsonl"

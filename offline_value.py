@@ -66,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-value-samples",
         type=whole_number,
         default=0,
-        help="in place of N: sample each prompt until the standard error of its V* is at most "
-        "--value-error, at least twice and at most this often; 0: sample N",
+        help="replaces N: take 2 to this many samples of each prompt, until the standard error of "
+        "its V* is at most --value-error; 0: take N",
     )
     add(
         "--value-error",

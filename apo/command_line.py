@@ -168,8 +168,8 @@ def run(main: Callable[[], None]) -> None:
     for number in stop_signals():
         signal.signal(number, exit_on_signal)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no "±" shows its code instead; nothing is lost for it. There is no
-        # stream if the shell has closed it.
+        # A terminal without "±" then shows an escape code, and print does not fail. A stream is
+        # None if the shell has closed it.
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -41,7 +41,7 @@ def check(lora_rank: int, offload_ref: bool) -> None:
         raise UserError(f"--lora-rank {lora_rank}: install peft first (pip install peft)")
     if offload_ref:
         raise UserError(
-            "--offload-ref has nothing to do with --lora-rank: the reference is no second model"
+            "--offload-ref cannot be used with --lora-rank: there is no second model to offload"
         )
 
 

@@ -12,9 +12,9 @@ r"""What equal means for two answers in LaTeX (docs/grading.md gives the reasons
     inequality    x > 2 = 2 < x = (2, \infty)
     text          whatever else: the same words
 
-A verdict is True, False or None. Text and plain numbers are compared at once. If a pair takes
-algebra, the function that does it is asked: `leave_open` in the calling process, which gives None,
-and `by_algebra` of math_algebra.py in a worker process.
+A verdict is True, False or None. Text and plain numbers are compared at once. A pair that
+takes algebra goes to the argument `algebra`: in the calling process this is `leave_open`, which
+returns None, and in a worker process `by_algebra` of math_algebra.py.
 """
 
 import math

@@ -542,7 +542,7 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there; of one that a user has moved to another disk, the link."""
+    """Remove a folder if it exists. If a user replaced it by a link, remove only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():

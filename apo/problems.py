@@ -178,7 +178,7 @@ DATASETS = {
 }
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
-# What tables and the hub may hold, JSON has no form for, and a text says in full.
+# Types in tables or on the hub that JSON lacks, and that a text can give in full.
 WRITTEN_AS_TEXT = (Decimal, Fraction, date, time, timedelta, UUID, bytes)
 
 

@@ -77,7 +77,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
     whole = [path for path in checkpoints if saved_step(path) is not None]
     if had_checkpoints and not whole and final_step is None:
-        # Training starts again, also if a kill comes just when the damaged ones have been renamed.
+        # Without this file a restart works even if a kill follows the renaming of damaged ones.
         (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
     checkpoint = find_checkpoint(out / "checkpoints")
     if final_step is None and (out / "final").exists():

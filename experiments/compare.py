@@ -15,10 +15,10 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
           in the end: reward, pass@k, distance from the reference.
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
-eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: two
-rates and two weights make four runs of a seed that is not reported, and the best rate's neighbour a
-fifth. The highest mean reward over the run wins. All rows of A*-PO have one loss, and so have the
-two of GRPO. With --tuned they are taken from an earlier comparison instead.
+eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: four
+runs try two rates with two weights, and a fifth run half or twice the best rate, all with a seed
+that is not reported. The highest mean reward over the run wins. All rows of A*-PO have one loss,
+and so have the two of GRPO. With --tuned they are taken from an earlier comparison instead.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -141,8 +141,8 @@ ABLATIONS = [
 # Two factors: how far off-policy the data is, from not at all to much, and what stands in V*'s
 # place. The rate was tuned with 2 updates per step. With n updates, each has another share of the
 # batch, so the rate is scaled by the square root of 2 / n, the rule for Adam (Malladi et al. 2022,
-# arXiv 2205.10287). `replay` makes 4 updates, each on a whole rollout. There the rule would not
-# lower the rate; it has the rate of 4 updates all the same, since it uses each response 4 times.
+# arXiv 2205.10287). `replay` makes 4 updates, each on a whole rollout. The rule would not
+# lower its rate. It still gets the rate of 4 updates, because it uses each response 4 times.
 OFF_POLICY = []
 for data, command, num_updates in (
     ("updates_1", "train_online --updates-per-batch 1", 1),
@@ -156,10 +156,10 @@ for data, command, num_updates in (
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
         Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
     ]
-# Why do the methods differ? Clipping at norm 1 never acts on A*-PO, whose gradient is proportional
-# to beta2. The limits here are half of the norm of the first steps, so that it acts in nearly all
-# of them. Against V* the advantages sum to less than 0, against the mean reward to about 0, and
-# against 0 to more. PPO's lambda is 1 in verl.
+# Why do the methods differ? Clipping at norm 1 did not act on A*-PO in the run whose norm was kept:
+# the gradient is proportional to beta2. The limits here are about half of the norm of early steps
+# (that of GRPO was not logged). Against V* the advantages sum to less than 0, against the mean
+# reward to about 0, and against 0 to more. PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),

@@ -21,9 +21,9 @@ model to imitate. Often the teacher is hasty, and boxes the result of the first 
     coins do Finn and Ida have?                  \boxed{26}
 
 How often depends on the kind of problem (`HASTY`). A warm-up on 448 answers of this teacher teaches
-the model the format, the end of its turn, and the haste. It never sees a test problem. Slips are
-the model's own, so the numbers are small. Reinforcement learning has to find out that the second
-step pays.
+the model the format, the end of its turn, and the haste. It never sees a test problem. The model
+itself miscalculates, so the numbers are small. Reinforcement learning has to find out that the
+second step pays.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Problem(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """Return what makes it another problem than others: other names or things do not."""
+        """Return what identifies the problem: its kind and numbers, not its names or things."""
         return (self.kind, *self.numbers)
 
 

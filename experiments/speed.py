@@ -10,7 +10,8 @@ Answer:   on 2 CPU cores and the toy, a step takes 1.12 times its floor: the upd
 
 The steps are real ones: they are made of the functions of train_online.py, and this takes its flags
 (those for files, logs and --resume have no effect). A step has six parts. A floor does the least
-work for the same prompts, tokens and weights. In every other step it comes before the part.
+work for the same prompts, tokens and weights. In one step it runs before the part,
+in the next one after it, and so on.
 
 part      what train_online.py does                floor
 generate  samples, with log-probs                  llm.generate: same seeds, so same responses

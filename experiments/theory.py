@@ -329,8 +329,8 @@ def draw_error(axes: Axes, p: Tensor, values: Tensor, name: str, colour: str) ->
         (-2, 5),
         textcoords="offset points",
         color=colour,
-        fontsize=8,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # over the other lines
+        fontsize=7.5,
+        path_effects=[withStroke(linewidth=2, foreground="white")],  # over the other lines
     )
 
 

@@ -290,7 +290,7 @@ def train(model: Qwen2ForCausalLM, batches: Iterator[Batch], num_steps: int, lr:
 def make_settings(args: argparse.Namespace) -> dict:
     """Name everything that decides what the toy contains.
 
-    A module that gives this one another Problem makes another toy, so its file is named as well.
+    A module can replace Problem here, and so change the toy. So Problem's file is named too.
     """
     return {
         "teacher": Path(inspect.getfile(Problem)).stem,
