@@ -4,7 +4,7 @@ Question: on which cards can Qwen2.5 of 0.5B to 32B be trained, and with which f
 Command:  python -m experiments.memory
           python -m experiments.memory --shapes 7b --gpus 8 --card 48 --gradient-checkpointing
           with --shapes: one set-up, with any flags of train_online.py.
-Time:     6 minutes on 2 cores.
+Time:     6 minutes on 2 cores, 20 beside other work.
 Output:   memory.txt and memory.json in experiments/results.
 Answer:   on one 80 GB GPU up to 3B, 7B on four, 14B on eight with --offload-ref, all with
           --gradient-checkpointing. With all weights 32B fits on no machine of eight, and more
