@@ -171,7 +171,10 @@ def lost(busy: int) -> int:
 
 def main() -> None:
     """Run the command that the command line names on each file."""
-    command, *paths = sys.argv[1:] or [""]
+    command, *paths = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return
     if command == "load":
         for busy in (0, 2, 4):
             print(f"100 symbolic answers beside {busy} busy processes: {lost(busy)} lost")

@@ -102,6 +102,26 @@ def test_the_commands_of_the_readme_are_found_at_all() -> None:
     assert files >= set(STAGES) and len(found) > 5
 
 
+EXPERIMENTS = []
+for path in sorted((ROOT / "experiments").glob("*.py")):
+    # gpu_parts.py is started by gpu_check.py alone.
+    if "\ndef main(" in path.read_text("utf-8") and path.stem != "gpu_parts":
+        EXPERIMENTS.append(path.stem)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = importlib.import_module(f"experiments.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    try:
+        module.main()
+    except SystemExit as end:  # of argparse
+        assert end.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 3
+
+
 @each_page
 def test_flags_in_the_text_exist(page: Path) -> None:
     torchrun = get_args_parser()
