@@ -251,7 +251,7 @@ def settings_of_run(model: str) -> dict:
         try:
             config = files.read_json(path)
         except UserError:
-            if (folder / "metrics.jsonl").exists():
+            if (Path(model) / "manifest.json").exists():  # a model that stage 2 has saved
                 raise
             continue  # some other program's file, of another form
         if "values_digest" not in config:

@@ -72,14 +72,16 @@ def launch(tensor_parallel_size: int = 1) -> None:
     # On a CPU, vLLM warns of a dozen things at each start, all of them known and harmless.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if num_gpus > 0 else "ERROR")
     check_hardware(num_gpus)
-    world_size = int(os.environ.get("WORLD_SIZE", max(1, num_gpus)))
-    if world_size % tensor_parallel_size != 0:
-        raise UserError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
-            f"({world_size})"
-        )
+    num_ranks = max(1, num_gpus)
     if "RANK" in os.environ:
         check_launcher()
+        num_ranks = int(os.environ["WORLD_SIZE"])
+    if num_ranks % tensor_parallel_size != 0:
+        raise UserError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
+            f"({num_ranks})"
+        )
+    if "RANK" in os.environ:
         end_with_launcher()
     elif num_gpus > 1:
         restart_under_torchrun(num_gpus)

@@ -170,28 +170,28 @@ def open_locked(path: Path) -> TextIO:
     return file
 
 
-def check_writable(out: str | Path, is_folder: bool = False) -> None:
+def check_writable(out: str | Path, is_folder: bool = False, flag: str = "--out") -> None:
     """Raise UserError, before hours are spent, if nothing can be written at `out`.
 
-    `is_folder` says whether `out` is to be a folder, or a file.
+    `is_folder` says whether `out` is to be a folder, or a file, and `flag` names it.
     """
     path = Path(out).absolute()
     for part in path.parts:
         # write_text adds some letters to a name until the file is whole.
         if len(os.fsencode(f".{part}.unfinished")) > LONGEST_NAME:
-            raise UserError(f"--out cannot be written: the name {part:.40}... is too long")
+            raise UserError(f"{flag} cannot be written: the name {part:.40}... is too long")
     for place in (path, *path.parents):
         refuse_broken_link(place)
     for place in (path, path.parent):
         if place.name.endswith(".partial"):
-            raise UserError(f"--out {out}: in {place} stages 1 and 3 keep what is not finished")
+            raise UserError(f"{flag} {out}: in {place} stages 1 and 3 keep what is not finished")
     if not is_folder and os.path.isdir(path):
-        raise UserError(f"--out {out} is a folder: give the name of a file")
+        raise UserError(f"{flag} {out} is a folder: give the name of a file")
     folder = path if is_folder else path.parent
     while not os.path.exists(folder):  # until the nearest one that exists
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {folder} is no writable folder")
+        raise UserError(f"{flag} {out} cannot be written: {folder} is no writable folder")
 
 
 def refuse_other_content(path: Path, text: str) -> None:
@@ -257,17 +257,20 @@ def model_folder(model: str) -> Path:
 def check_weights(folder: Path) -> None:
     """Raise UserError if a model's weights are damaged, or if a part of them is missing.
 
-    Only the head of each file is read. It says how long the file must be.
+    Only the head of each file is read. It says how long the file must be. Files that the model's
+    index does not list are not used, so they are not checked.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise UserError(f"{index} has no weight_map")
-        for name in sorted(set(places.values())):
-            if not (folder / name).exists():
-                raise UserError(f"{folder} has no {name}, which {index.name} lists")
-    for path in sorted(folder.glob("*.safetensors")):
+        paths = [folder / str(name) for name in sorted(set(places.values()))]
+    else:
+        paths = [path for path in folder.glob("*.safetensors") if not path.match(SECOND_COPY)]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{folder} has no {path.name}, which {index.name} lists")
         try:
             with safe_open(path, framework="np"):
                 pass

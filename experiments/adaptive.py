@@ -79,7 +79,9 @@ def beta_spread(a: float, b: float) -> Spread:
 
 def measured_spread(path: str) -> Spread:
     """Take the fractions of right responses in a values file for the true success rates."""
-    entries = files.read_json(path)["prompts"]
+    entries = files.read_json(path).get("prompts")
+    if not entries or not all(entry.get("rewards") for entry in entries):
+        raise files.UserError(f"{path} is not a values file of stage 1")
     rates = [sum(reward > 0 for reward in e["rewards"]) / len(e["rewards"]) for e in entries]
     values, counts = numpy.unique(rates, return_counts=True)
     return Spread(values, counts / counts.sum())
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("values", nargs="*", help="values files with many samples per prompt")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the table")
     args = parser.parse_args()
+    files.check_writable(args.out)
     spreads = {
         "even": beta_spread(1, 1),
         "most near 0 or 1, mean 0.4 (MATH?)": beta_spread(0.4, 0.6),

@@ -16,15 +16,15 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
 eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: four
-runs try two rates with two weights, and a fifth run half or twice the best rate, all with a seed
-that is not reported. The highest mean reward over the run wins. All rows of A*-PO have one loss,
+runs try two rates with two weights, and a fifth one tries half or twice the best rate. Their seed
+is not reported. The highest mean reward over the run wins. All rows of A*-PO have one loss,
 and so have the two of GRPO. With --tuned they are taken from an earlier comparison instead.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
 
 import argparse
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -157,9 +157,9 @@ for data, command, num_updates in (
         Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
     ]
 # Why do the methods differ? Clipping at norm 1 did not act on A*-PO in the run whose norm was kept:
-# the gradient is proportional to beta2. The limits here are about half of the norm of early steps
-# (that of GRPO was not logged). Against V* the advantages sum to less than 0, against the mean
-# reward to about 0, and against 0 to more. PPO's lambda is 1 in verl.
+# the gradient is proportional to beta2. The limit 0.003 is about half of its norm in early
+# steps. GRPO's norm was not logged, and its limit is a guess. Against V* the advantages sum to
+# less than 0, against the mean reward to about 0, and against 0 to more. PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),
@@ -226,8 +226,9 @@ def run_job(job: Job) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    if process.returncode == 2:  # a mistake in the flags, told in the last line
-        raise UserError(f"{' '.join(job.command)}: {files.read_text(log).splitlines()[-1]}")
+    if process.returncode == 2:  # a mistake in the flags or files, in one sentence
+        sentences = re.findall(r"error: (.+)", files.read_text(log))
+        raise UserError(f"{' '.join(sentences)} (see {log}: python {' '.join(job.command)})")
     if process.returncode != 0 or not (job.folder / job.product).exists():
         command = " ".join(job.command)
         raise ChildProcessError(f"exit code {process.returncode}, see {log}: python {command}")
@@ -375,13 +376,16 @@ def parse_args() -> argparse.Namespace:
 
 def load_task(name: str) -> None:
     """Import the module of a task, which adds it to problems.DATASETS. UserError if missing."""
+    missing = f"--task {name}: there is no such module"
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(missing)
     try:
-        found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # of the package that it would be in
-        found = None
-    if found is None:
-        raise UserError(f"--task {name}: there is no such module")
-    importlib.import_module(name)
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A library that the module itself imports may be missing, which is another mistake.
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(missing) from error
 
 
 def choose_settings(args: argparse.Namespace) -> list[Setting]:
@@ -526,7 +530,7 @@ def main() -> None:
     settings = choose_settings(args)
     losses = list(dict.fromkeys(setting.loss for setting in settings))
     files.check_writable(args.out, is_folder=True)
-    files.check_writable(args.work, is_folder=True)
+    files.check_writable(args.work, is_folder=True, flag="--work")
     if args.tuned is not None:
         if args.tuned.resolve() == (args.out / f"{args.rows}.json").resolve():
             raise UserError(f"{args.tuned} would be replaced: give another --out, or a copy of it")

@@ -14,7 +14,7 @@ tokens_to, seconds_to        by goal: what was spent when the reward reached it;
                              is noisier for methods with fewer prompts in a step, which therefore
                              touch a goal earlier. pass_at_1 has no such fault.
 reward_at_equal_tokens,      reward_final if each run had stopped when the cheapest of all runs
-reward_at_equal_seconds      ended; null if stage 1 alone takes more than that
+reward_at_equal_seconds      ended; null if stage 1 and one step take more in any run
 """
 
 import math

@@ -59,8 +59,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="when to stop")
     args = parser.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is no folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be written: {error.strerror}")
     args.only = NAMES if args.only is None else args.only.split(",")
     for name in args.only:
         if name not in NAMES:
@@ -134,7 +136,6 @@ def shorten(figure: Any) -> str:
 def main() -> None:
     """Run all groups, tell each result at once, and keep them."""
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     records = []
     with open(args.out / "log.txt", "w", encoding="utf-8") as log:

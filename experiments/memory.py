@@ -449,7 +449,10 @@ def parse_args() -> tuple[argparse.Namespace, str]:
         if number < 1 or (number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE != 0):
             raise UserError(f"{number} GPUs are not whole machines of {GPUS_PER_MACHINE}")
         if number % tensor_parallel_size != 0:
-            raise UserError(f"--tensor-parallel-size {tensor_parallel_size} of {number} GPUs")
+            raise UserError(
+                f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
+                f"({number})"
+            )
     if args.shapes is None:
         args.results = args.results or Path("experiments/results")
     else:
@@ -461,7 +464,7 @@ def main() -> None:
     """Simulate, check, print, and keep the log and the numbers."""
     args, flags = parse_args()
     if args.results is not None:
-        check_writable(args.results, is_folder=True)
+        check_writable(args.results, is_folder=True, flag="--results")
     start = time.perf_counter()
     command = shlex.join(["python", "-m", "experiments.memory", *sys.argv[1:]])
     log = [f"$ {command}", ""]

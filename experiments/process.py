@@ -44,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import losses
 import train_online
-from apo import command_line, engine, files, math_reward
+from apo import command_line, engine, files, math_reward, problems
 from apo.engine import Response
 from apo.policy import MicroBatch
 from experiments import forgetting
@@ -193,8 +193,12 @@ def main() -> None:
             "start again with another --out"
         )
     data = train_online.check(args)
-    if data.values.header["task"] != "math" or data.values.header["temperature"] != 1:
-        raise files.UserError("process knows mathematics alone, sampled at temperature 1")
+    header = data.values.header
+    if header["reward"] != problems.reward_name("math") or header["temperature"] != 1:
+        raise files.UserError(
+            f"process knows mathematics at temperature 1 alone, and {args.values} has the reward "
+            f"{header['reward']} at {header['temperature']}"
+        )
     engine.launch(args.tensor_parallel_size)
     train_online.train(args, data, process(args, data))
 

@@ -500,7 +500,7 @@ def measure(args: argparse.Namespace, data: train_online.TrainingData) -> None:
 def main() -> None:
     """Check, launch, measure."""
     args = parse_args()
-    check_writable(f"{args.results}.txt")
+    check_writable(f"{args.results}.txt", flag="--results")
     if args.shape is not None:
         name = full_name(args.shape)
         folder = Path("runs", f"speed-{name}")

@@ -286,7 +286,7 @@ def main() -> None:
         raise UserError(
             f"{args.trl} has no trl; the first lines of this file say how to install it"
         )
-    check_writable(args.results, is_folder=True)
+    check_writable(args.results, is_folder=True, flag="--results")
     if any(args.out.glob("*")):
         raise UserError(f"{args.out} is not empty: remove it, or give another --out")
     try:

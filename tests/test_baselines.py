@@ -671,6 +671,20 @@ def test_a_difference_of_less_than_two_standard_errors_is_none():
     assert compare_results.best_methods(results[3:], "tokens_to", "0.5") == []
 
 
+def test_the_hatched_part_of_a_bar_is_stage_1(tmp_path, monkeypatch):
+    scores = compare_results.Scores({"1": 0.5}, {})
+    cheap = compare_results.Run([0.5], [1e6, 3e6], [10.0, 40.0], 0.0, scores)
+    dear = compare_results.Run([0.5], [0.0, 4e6], [0.0, 90.0], 0.0, scores)
+    drawn = []
+    monkeypatch.setattr(compare_results.pyplot, "close", drawn.append)
+    runs_of = {"ppo": [dear, dear], "a_star_po_n8": [cheap]}
+    compare_results.draw_costs(runs_of, ["tokens", "seconds"], tmp_path / "costs.png")
+    tokens, seconds = drawn[0].axes
+    assert [bar.get_width() for bar in tokens.patches] == [4, 3, 0, 1]  # all, and then stage 1
+    assert [bar.get_width() for bar in seconds.patches] == [90, 40, 0, 10]
+    assert seconds.get_title(loc="left") == "Seconds: most with PPO,\nfewest with A*-PO, N = 8"
+
+
 def test_off_policy_data_is_drawn(tmp_path):
     results = [{"method": s.method, "reward_final": [0.3, 0.01]} for s in compare.OFF_POLICY]
     compare_results.draw_off_policy(results, tmp_path / "off-policy.png")
@@ -689,8 +703,9 @@ def test_a_finished_job_is_kept(tmp_path):
         assert (tmp_path / "count").read_text() == "x"
     with pytest.raises(UserError, match="command"):
         compare.run_job(job._replace(command=[*job.command, "more"]))
-    code = "import sys; print('no such flag'); sys.exit(2)"
-    with pytest.raises(UserError, match="no such flag"):  # the sentence that the command printed
+    # The sentence that the command printed is told, and not what comes after it.
+    code = "import sys; print('error: no such', 'flag\\nlater'); sys.exit(2)"
+    with pytest.raises(UserError, match=r"^no such flag \(see"):
         compare.run_job(compare.Job(["-c", code], tmp_path / "flags", "done"))
     bad = compare.Job(["-c", "raise SystemExit(3)"], tmp_path / "bad", "done")
     with (
@@ -803,6 +818,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert ours["reward_at_equal_seconds"] is None
     assert rebel["reward_at_equal_seconds"] == pytest.approx([0.7, 0.1])  # six steps, and three
     table = (tmp_path / "compare.txt").read_text().splitlines()
+    assert any(re.search(r"^rebel .* 0.800 ± 0.000$", line) for line in table)  # at equal tokens
     assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
     assert "a_star_po_n2                 0.500   0.500" in table  # of each seed
@@ -839,7 +855,8 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
         ("--task experiments.chess", "--task experiments.chess: there is no such module"),
         ("--task chess.rules", "--task chess.rules: there is no such module"),
         ("--rows process", "--rows process needs --task none"),
-        ("--work README.md/work", "cannot be written"),
+        ("--task .x", "there is no such module"),
+        ("--work README.md/work", "--work README.md/work cannot be written"),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused(monkeypatch, flags, says):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -452,6 +453,27 @@ def test_a_mistake_on_rank_0_is_raised_on_every_rank(llm: Any) -> None:
 
     with pytest.raises(UserError, match="another temperature"):
         engine.on_rank_0(refuse)
+
+
+@pytest.mark.parametrize(
+    ("variables", "size", "says"),
+    [
+        ({"WORLD_SIZE": "8"}, 8, "the number of GPUs (1)"),  # nobody started ranks: it says nothing
+        ({"WORLD_SIZE": "many"}, 2, "the number of GPUs (1)"),
+        (engine.SINGLE_PROCESS | {"RANK": "0", "WORLD_SIZE": "8"}, 3, "the number of GPUs (8)"),
+        ({"RANK": "0"}, 1, "with torchrun"),
+    ],
+)
+def test_an_engine_wants_as_many_ranks_as_it_has_parts(
+    variables: dict, size: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_by_others = {"RANK", *engine.SINGLE_PROCESS}
+    environment = {name: os.environ[name] for name in os.environ.keys() - set_by_others}
+    monkeypatch.setattr(os, "environ", environment | variables)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(engine, "check_hardware", lambda num_gpus: None)
+    with pytest.raises(UserError, match=re.escape(says)):
+        engine.launch(size)
 
 
 def test_ranks_without_a_launcher_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,7 +291,7 @@ def test_another_programs_config_is_no_runs(trained_run: Path) -> None:
     (trained_run / "config.json").write_text("[1, 2]")
     assert evaluate.settings_of_run(str(trained_run / "final")) == {}
     # A run's own, edited into something else, is the user's mistake.
-    (trained_run / "metrics.jsonl").touch()
+    (trained_run / "final" / "manifest.json").touch()
     with pytest.raises(files.UserError, match="not an object"):
         evaluate.settings_of_run(str(trained_run / "final"))
 

@@ -69,6 +69,22 @@ def test_torn_lines_are_skipped_where_a_kill_can_leave_them(tmp_path: Path) -> N
     assert files.read_whole_lines(path) == [{"id": 1}, {"id": 3}]
 
 
+def test_weights_that_nothing_loads_may_be_damaged(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    (copy / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert files.model_folder(str(copy)) == copy
+    (copy / "extra.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=r"extra\.safetensors is damaged"):
+        files.model_folder(str(copy))
+    index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
+    files.write_json(copy / "model.safetensors.index.json", index)
+    assert files.model_folder(str(copy)) == copy
+    index["weight_map"]["norm.weight"] = "model-2.safetensors"
+    files.write_json(copy / "model.safetensors.index.json", index)
+    with pytest.raises(UserError, match=r"has no model-2\.safetensors"):
+        files.model_folder(str(copy))
+
+
 def test_a_locked_file_belongs_to_one_run(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     first = files.open_locked(path)
