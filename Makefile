@@ -5,8 +5,9 @@
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         the theory and the comparison (hours; it goes on where it was stopped)
-# make ablations       the ablations, and off-policy data (hours; it goes on where it was stopped)
+# make results         the theory and the comparison (about five hours on two fast cores; it goes on
+#                      where it was stopped)
+# make ablations       the ablations, and off-policy data (about four hours, as above)
 # make clean           remove the environment, the models and the problems that the above made
 #
 # Each makes the environment in .venv/ first, if it is missing or older than its requirements file:

@@ -358,7 +358,8 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", default="countdown", help="training problems")
     add("--test", default="countdown", help="test problems")
     add("--max-tokens", type=number, default=160, help="longest response")
-    add("--seeds", type=number, default=5, help="runs of each row")
+    add("--seeds", type=number, default=5, help="number of runs of each row, each with a seed")
+    add("--first-seed", type=command_line.seed, default=0, help="the others count up from it")
     tuned = "take learning rates and KL weights from this earlier compare.json, and tune nothing"
     add("--tuned", type=Path, metavar="FILE", help=tuned)
     rates = "learning rates to try; one alone is used as it is, with the published KL weight"
@@ -553,7 +554,7 @@ def main() -> None:
     jobs = {}
     chains = []
     # Seed by seed, so that a busy hour of the machine slows all methods down.
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for setting in settings:
             job = train_job(args, setting, tuned[setting.loss], seed)
             jobs[setting, seed] = job
