@@ -9,9 +9,9 @@ Command:  python offline_value.py --model toy/reference --dataset toy/train.json
               --out countdown/values-32.json
           python -m experiments.adaptive toy/values-32.json countdown/values-32.json
           Without values files, the table has the made-up success rates alone.
-Time:     20 s, and 3 min for both values files
+Time:     10 s, and 3 min for both values files
 Output:   experiments/results/adaptive.txt, a table
-Answer:   about as many: 84 to 115 % of those of N = 8, depending on how difficult the prompts are.
+Answer:   about as many: 84 to 129 % of those of N = 8, depending on how difficult the prompts are.
           With all success rates known beforehand it would be 66 to 92 %.
 
 From a values file, the fraction of right responses is taken for a prompt's success rate. So a
