@@ -40,7 +40,7 @@ from losses import pass_at_k
 EXAMPLES = """examples:
   python evaluate.py                                          the trained model of the MATH run
   python evaluate.py --model Qwen/Qwen2.5-1.5B --out results/base
-  python evaluate.py --model runs/math/final --benchmarks amc23,aime24 --out results/small
+  python evaluate.py --model runs/math/final --benchmarks amc23,aime24 --out results/aime
   python evaluate.py --grade results/math/math500.jsonl       score saved outputs again, no model
 """
 # Sets of 30 or 40 problems.

@@ -76,7 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --max-value-samples: the standard error of V* at which a prompt is done; at "
         "beta1 = 0.5 it is 0.13 with 4 of 8 right, and 0.21 with none of 8",
     )
-    add("--beta1", type=positive_or_infinite, default=0.5, help="beta1 of V*; inf gives the mean")
+    add(
+        "--beta1",
+        type=positive_or_infinite,
+        default=0.5,
+        help="beta1 of equation (1); inf: V* is the mean reward",
+    )
     # Stage 2 reads the next three from the values file: V* holds for this distribution only.
     add("--temperature", type=sampling_temperature, default=1.0, help="sampling temperature")
     add("--max-prompt-tokens", type=positive_integer, default=256, help="drop longer prompts")

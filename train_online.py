@@ -692,7 +692,11 @@ def make_parser() -> argparse.ArgumentParser:
     """
     parser = command_line.new_parser(__doc__.splitlines()[0], EXAMPLES)
     add = parser.add_argument_group("the run").add_argument
-    add("--values", default="values/math.json", help="the values file of stage 1")
+    add(
+        "--values",
+        default="values/math.json",
+        help="the file of stage 1: prompts, rewards, and the model that is trained",
+    )
     add("--out", default="runs/math", help="folder of the run")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--save-every", type=positive_integer, default=50, help="steps between checkpoints")

@@ -16,9 +16,9 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
 eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: four
-runs try two rates with two weights, and a fifth one tries half or twice the best rate. Their seed
-is not reported. The highest mean reward over the run wins. All rows of A*-PO have one loss,
-and so have the two of GRPO. With --tuned they are taken from an earlier comparison instead.
+runs try two rates with two weights, and a fifth one tries half or twice the best rate. No row of
+the results has their seed. The highest mean reward over the run wins. All rows of A*-PO have one
+loss, and so have the two of GRPO. With --tuned they are taken from an earlier comparison instead.
 
 compare_results.py sums the runs up, and says what is in the results.
 """

@@ -7,7 +7,8 @@ tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 
                              is that of its values file, with the start-up of its engine.
 reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
 pass_at_1, ..., pass_at_64   of the trained model on the test problems, at temperature 1
-kl                           ln(pi / pi_ref) of a response, in nats, over the same steps
+kl                           ln(pi / pi_ref) of a response, in nats, over the same steps; null if
+                             the loss does not return it as "logratio"
 kl_other, reward_other       on problems with two numbers, which training has not seen
 tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
                              run did. The reward is the mean of the SMOOTHING steps around each. It
@@ -76,7 +77,7 @@ class Run(NamedTuple):
     rewards: list[float]  # of each step
     tokens: list[float]  # sampled before each step; and one more, the total
     seconds: list[float]  # the same
-    kl: float
+    kl: float | None  # None: its loss does not return the log-ratio
     scores: Scores  # of the trained model
 
     @property
@@ -103,11 +104,14 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
         tokens_of_each = step["response_tokens"] + step.get("ref_tokens", 0.0)
         tokens.append(tokens[-1] + tokens_of_each * rollout_size)
         seconds.append(seconds[-1] + step["seconds_total"])
+    kl = None
+    if "logratio" in steps[-1]:
+        kl = statistics.mean(step["logratio"] for step in steps[-SMOOTHING:])
     return Run(
         rewards=[step["reward"] for step in steps],
         tokens=tokens,
         seconds=seconds,
-        kl=statistics.mean(step["logratio"] for step in steps[-SMOOTHING:]),
+        kl=kl,
         scores=read_scores(folder),
     )
 
