@@ -436,7 +436,8 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
             means.append(mean)
             errors.append(error)
         colour = COLOURS[shift]
-        axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, color=colour)
+        bars = errors if any(errors) else None  # one run has no error
+        axes.errorbar(places, means, bars, marker="o", markersize=4, capsize=3, color=colour)
         labels.append(Label(f"with {label}", means[-1], colour))
         at_replay[label] = means[-1]
     best = max(at_replay, key=at_replay.get)
