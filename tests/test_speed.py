@@ -117,5 +117,5 @@ def test_every_part_of_a_step_is_measured(run: Callable, tmp_path: Path):
     assert results["stage1_over_engine"] > 0
     # 4 responses of 12 tokens: a model of random weights hardly ever says EOS.
     tokens = results["tokens_per_second"] * results["parts"]["total"]["seconds"]
-    assert 24 < tokens <= 48
+    assert 24 < round(tokens, 6) <= 48
     assert "step_over_floor" in results and "A step, median of 2" in told.out
