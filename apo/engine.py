@@ -76,11 +76,7 @@ def launch(tensor_parallel_size: int = 1) -> None:
     if "RANK" in os.environ:
         check_launcher()
         num_ranks = int(os.environ["WORLD_SIZE"])
-    if num_ranks % tensor_parallel_size != 0:
-        raise UserError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
-            f"({num_ranks})"
-        )
+    check_tensor_parallel_size(tensor_parallel_size, num_ranks)
     if "RANK" in os.environ:
         end_with_launcher()
     elif num_gpus > 1:
@@ -101,6 +97,14 @@ def launch(tensor_parallel_size: int = 1) -> None:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if num_gpus > 0 else "gloo")
     gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(48 * torch.distributed.default_pg_timeout)
+
+
+def check_tensor_parallel_size(size: int, num_gpus: int) -> None:
+    """Raise UserError if the GPUs cannot be divided into groups of `size`."""
+    if num_gpus % size != 0:
+        raise UserError(
+            f"--tensor-parallel-size {size} does not divide the number of GPUs ({num_gpus})"
+        )
 
 
 def check_hardware(num_gpus: int) -> None:

@@ -33,7 +33,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from apo import files
-from experiments.plot import COLOURS, Label, label_lines, smooth, spread
+from experiments.plot import COLOURS, Label, finish, label_lines, save, smooth, spread
 
 SMOOTHING = 9  # steps
 # How a row is called in a picture, if not by its name in the results.
@@ -323,12 +323,11 @@ def draw_comparison(
     )
     for axes, what in zip(panels[0], costs, strict=True):
         draw_rewards(axes, runs_of, what, UNITS[what].size)
-        axes.set_title(title_of(results, what, goal), fontsize=9, loc="left")
-        axes.set_xlabel(f"{UNITS[what].name}, stage 1 included", fontsize=8.5)
+        x_label = f"{UNITS[what].name}, stage 1 included"
+        finish(axes, title_of(results, what, goal), x_label, "")
     panels[0][0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
     name_lines(panels[0][-1], list(runs_of))
-    figure.savefig(out, dpi=200)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: float) -> None:
@@ -341,11 +340,8 @@ def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: flo
         error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
         [line] = axes.plot(spent, mean, linewidth=1.5)
         axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
-    axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def title_of(results: list[dict], what: str, goal: str) -> str:
@@ -398,15 +394,10 @@ def draw_costs(runs_of: dict[str, list[Run]], costs: Sequence[str], out: Path) -
             hatch="////",
             label="stage 1",
         )
-        axes.set_title(title_of_costs(names, totals, what), fontsize=9, loc="left")
-        axes.set_xlabel(f"{unit.name} of one run", fontsize=8.5)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25, linewidth=0.6, axis="x")
-        axes.spines[["top", "right"]].set_visible(False)
+        finish(axes, title_of_costs(names, totals, what), f"{unit.name} of one run", "")
     panels[0][0].invert_yaxis()  # the first method on top
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", fontsize=8)
-    figure.savefig(out, dpi=200)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 def title_of_costs(names: list[str], totals: list[float], what: str) -> str:
@@ -441,13 +432,9 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         labels.append(Label(f"with {label}", means[-1], colour))
         at_replay[label] = means[-1]
     best = max(at_replay, key=at_replay.get)
-    axes.set_title(f"With replay, {best} in V*'s place ends highest", fontsize=9, loc="left")
-    axes.set_xticks(range(len(ticks)), ticks.values(), fontsize=8.5)
-    axes.set_xlabel("use of each rollout", fontsize=8.5)
+    axes.set_xticks(range(len(ticks)), ticks.values())
     note = "bar: ± 1 s.e." if any(errors) else "one run each"
-    axes.set_ylabel(f"reward at the end ({note})", fontsize=8.5)
+    title = f"With replay, {best} in V*'s place ends highest"
+    finish(axes, title, "use of each rollout", f"reward at the end ({note})")
     label_lines(axes, labels)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=200)
-    pyplot.close(figure)
+    save(figure, out)

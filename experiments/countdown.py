@@ -384,7 +384,12 @@ def parse_args() -> argparse.Namespace:
     add("--num-test", type=whole, default=256, help="problems in test.jsonl")
     add("--num-steps", type=whole, default=900, help="updates of the reference")
     add("--batch-size", type=whole, default=64, help="worked problems per update")
-    add("--lr", type=float, default=1e-2, help="learning rate, after 30 steps of warm-up")
+    add(
+        "--lr",
+        type=command_line.positive_number,
+        default=1e-2,
+        help="learning rate, after 30 steps of warm-up",
+    )
     return parser.parse_args()
 
 

@@ -56,7 +56,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train_online
-from apo import command_line, lora, memory_budget, policy
+from apo import command_line, engine, lora, memory_budget, policy
 from apo.files import UserError, check_writable, write_json, write_text
 from apo.memory_budget import GIB, Budget
 
@@ -448,11 +448,7 @@ def parse_args() -> tuple[argparse.Namespace, str]:
     for number in args.gpus:
         if number < 1 or (number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE != 0):
             raise UserError(f"{number} GPUs are not whole machines of {GPUS_PER_MACHINE}")
-        if number % tensor_parallel_size != 0:
-            raise UserError(
-                f"--tensor-parallel-size {tensor_parallel_size} does not divide the number of GPUs "
-                f"({number})"
-            )
+        engine.check_tensor_parallel_size(tensor_parallel_size, number)
     if args.shapes is None:
         args.results = args.results or Path("experiments/results")
     else:
