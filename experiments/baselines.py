@@ -17,8 +17,8 @@ GRPO              8  the group's mean        the loss       the ratio       toke
 REBEL             2  the pair's other one    the reward     the log-ratio   pairs
 PPO               1  a critic's value        the reward     the ratio       tokens
 
-pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of the online
-rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
+pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of each prompt's
+online rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
 All but `replay` make one pass over a rollout in --updates-per-batch updates. All clip gradients at
 --max-grad-norm and use AdamW, as A*-PO does. The names and defaults are TRL's (verl's PPO has
@@ -60,7 +60,8 @@ CLIP_VALUE = 0.2  # PPO's clip range of the value
 KL_WEIGHT = 0.05  # PPO and REBEL: of -ln(pi_t / pi_ref) in the reward, as in TRL and REBEL
 CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
 REPLAYED = 4  # `replay`: how often a rollout is used
-MEMORY = 0.9  # `running`: weight of the rewards before the present step
+MEMORY = 0.9  # `running`: weight of earlier steps in the mean of all rewards
+MEMORY_OF_PROMPT = 0.8  # the same in the mean of a prompt, which is seen once an epoch
 
 # ---------------------------------------------------------------------------------------------
 # The losses, not yet averaged. R response tokens, B sequences, P prompts, N responses per prompt
@@ -273,17 +274,27 @@ def rebel(args: argparse.Namespace, data: TrainingData) -> Algorithm:
 
 
 def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
-    """A*-PO with a running mean of all online rewards in place of V*: no stage 1 is needed."""
-    mean = None
+    """A*-PO with a running mean of each prompt's rewards in place of V*: no stage 1 is needed.
+
+    A prompt's mean starts at the running mean of all rewards, when the prompt is first sampled.
+    """
+    mean_of_all = None
+    mean_of_prompt = {}  # by the prompt's id
 
     def credit(responses: list[Response]) -> None:
-        nonlocal mean
+        nonlocal mean_of_all
         step_mean = sum(response.reward for response in responses) / len(responses)
-        if mean is None:
-            mean = step_mean  # nothing is known before the first step
+        if mean_of_all is None:
+            mean_of_all = step_mean  # nothing is known before the first step
         for response in responses:
-            response.numbers["v_star"] = mean
-        mean = MEMORY * mean + (1 - MEMORY) * step_mean
+            mean_of_prompt.setdefault(response.prompt.row["id"], mean_of_all)
+            response.numbers["v_star"] = mean_of_prompt[response.prompt.row["id"]]
+        # A second loop: the responses to one prompt must not see each other's rewards.
+        for response in responses:
+            name = response.prompt.row["id"]
+            old = MEMORY_OF_PROMPT * mean_of_prompt[name]
+            mean_of_prompt[name] = old + (1 - MEMORY_OF_PROMPT) * response.reward
+        mean_of_all = MEMORY * mean_of_all + (1 - MEMORY) * step_mean
 
     return train_online.a_star_po(args.beta2)._replace(credit=credit)
 

@@ -15,10 +15,10 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
           in the end: reward, pass@k, distance from the reference.
 
 All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
-eighth of the prompts. The learning rate and the weight of the KL term are tuned for each loss: four
+eighth of the prompts. The learning rate and the weight of the KL term are tuned for each row: four
 runs try two rates with two weights, and a fifth one tries half or twice the best rate. No row of
-the results has their seed. The highest mean reward over the run wins. All rows of A*-PO have one
-loss, and so have the two of GRPO. With --tuned they are taken from an earlier comparison instead.
+the results has their seed. The highest mean reward over the run wins. With --tuned both are taken
+from an earlier comparison instead.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -71,13 +71,13 @@ class Setting(NamedTuple):
     value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
     responses: int = 1  # per prompt
     rate_scale: float = 1.0  # of the learning rate
-    loss: str = "a_star_po"  # rows with the same loss share learning rate and KL weight
+    tuned_as: str = "a_star_po_n8"  # the row whose learning rate and KL weight it has
 
 
 class KlWeight(NamedTuple):
-    """The weight of a loss's KL term: the flag, and the two numbers that are tried.
+    """The weight of a row's KL term: the flag, and the two numbers that are tried.
 
-    A loss without a KL term has "--kl-weight" and 0 twice here, and 0 in baselines.METHODS.
+    A row without a KL term has "--kl-weight" and 0 twice here, and 0 in baselines.METHODS.
     """
 
     flag: str
@@ -101,9 +101,17 @@ class TuningReward(NamedTuple):
 
 # `other` is for A*-PO ten times its weight, and for the others the published weight of A*-PO. In
 # GRPO the unit is another one, since its advantages are divided by the standard deviation.
+BETA2 = KlWeight("--beta2", published=1e-3, other=1e-2)
+KL_WEIGHT_OF_GRPO = KlWeight("--kl-weight", published=0.04, other=1e-3)
 KL_WEIGHTS = {
-    "a_star_po": KlWeight("--beta2", published=1e-3, other=1e-2),
-    "grpo": KlWeight("--kl-weight", published=0.04, other=1e-3),
+    "a_star_po_n8": BETA2,
+    "a_star_po_n2": BETA2,
+    "a_star_po_n1": BETA2,
+    "mean": BETA2,
+    "zero": BETA2,
+    "running": BETA2,
+    "grpo_8": KL_WEIGHT_OF_GRPO,
+    "grpo_4": KL_WEIGHT_OF_GRPO,
     "rebel": KlWeight("--kl-weight", published=0.05, other=1e-3),
     "ppo": KlWeight("--kl-weight", published=0.05, other=1e-3),
 }
@@ -112,19 +120,20 @@ KL_WEIGHTS = {
 BASELINE = "baselines --method"
 MEAN = "train_online --beta1 inf"
 
-# The first row of each loss is the one that is tuned.
+# Each row is tuned by itself.
 COMPARISON = [
-    Setting("a_star_po_n8"),
-    Setting("a_star_po_n2", value_samples=2),
-    Setting("a_star_po_n1", value_samples=1),
-    Setting("mean", MEAN),
-    Setting("zero", value_samples=0),
-    Setting("running", f"{BASELINE} running", value_samples=0),
-    Setting("grpo_8", f"{BASELINE} grpo", value_samples=0, responses=8, loss="grpo"),
-    Setting("grpo_4", f"{BASELINE} grpo", value_samples=0, responses=4, loss="grpo"),
-    Setting("rebel", f"{BASELINE} rebel", value_samples=0, responses=2, loss="rebel"),
-    Setting("ppo", f"{BASELINE} ppo", value_samples=0, loss="ppo"),
+    Setting("a_star_po_n8", tuned_as="a_star_po_n8"),
+    Setting("a_star_po_n2", value_samples=2, tuned_as="a_star_po_n2"),
+    Setting("a_star_po_n1", value_samples=1, tuned_as="a_star_po_n1"),
+    Setting("mean", MEAN, tuned_as="mean"),
+    Setting("zero", value_samples=0, tuned_as="zero"),
+    Setting("running", f"{BASELINE} running", value_samples=0, tuned_as="running"),
+    Setting("grpo_8", f"{BASELINE} grpo", value_samples=0, responses=8, tuned_as="grpo_8"),
+    Setting("grpo_4", f"{BASELINE} grpo", value_samples=0, responses=4, tuned_as="grpo_4"),
+    Setting("rebel", f"{BASELINE} rebel", value_samples=0, responses=2, tuned_as="rebel"),
+    Setting("ppo", f"{BASELINE} ppo", value_samples=0, tuned_as="ppo"),
 ]
+# The other tables have the rate and the weight of A*-PO with N = 8, unless they name another row.
 ABLATIONS = [
     Setting("published"),  # N = 8, beta1 = 0.5, 2 updates, 1 response
     # At beta1 = inf, V* is the mean of the N rewards; at 1e-6 it is the best of them.
@@ -172,9 +181,9 @@ CONTROLS = [
         f"{BASELINE} grpo --max-grad-norm 0.05",
         value_samples=0,
         responses=8,
-        loss="grpo",
+        tuned_as="grpo_8",
     ),
-    Setting("ppo_lambda_1", f"{BASELINE} ppo --gae-lambda 1", value_samples=0, loss="ppo"),
+    Setting("ppo_lambda_1", f"{BASELINE} ppo --gae-lambda 1", value_samples=0, tuned_as="ppo"),
 ]
 PROCESS = [
     Setting("response"),
@@ -307,7 +316,7 @@ def train_job(args: argparse.Namespace, setting: Setting, tuned: Tuned, seed: in
     command += ["--lr", f"{rate:g}", "--seed", str(seed), "--num-steps", str(args.num_steps)]
     command += ["--batch-size", str(args.rollout_size // setting.responses)]
     command += ["--samples-per-prompt", str(setting.responses)]
-    command += [KL_WEIGHTS[setting.loss].flag, f"{tuned.kl_weight:g}"]
+    command += [KL_WEIGHTS[setting.tuned_as].flag, f"{tuned.kl_weight:g}"]
     command += ["--save-every", str(args.num_steps), "--eval-dataset", "none"]
     return Job(command, folder, "final/manifest.json")
 
@@ -407,75 +416,71 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
     return chosen
 
 
-def tune(args: argparse.Namespace, losses: list[str]) -> tuple[dict[str, Tuned], list[str]]:
-    """Find the learning rate and the KL weight of each loss; return them, and what was tried.
+def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], list[str]]:
+    """Find the learning rate and the KL weight of each row; return them, and what was tried.
 
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
     them, half or twice that rate is tried as well, with the same weight.
     """
     if len(args.rates) == 1:
-        return {loss: Tuned(args.rates[0], KL_WEIGHTS[loss].published) for loss in losses}, []
+        return {name: Tuned(args.rates[0], KL_WEIGHTS[name].published) for name in names}, []
     candidates = []
     for rate in args.rates:
-        for loss in losses:
-            weights = KL_WEIGHTS[loss]
-            candidates += [(loss, Tuned(rate, w)) for w in (weights.published, weights.other)]
+        for name in names:
+            weights = KL_WEIGHTS[name]
+            candidates += [(name, Tuned(rate, w)) for w in (weights.published, weights.other)]
     rewards = run_candidates(args, candidates)
     candidates = []
-    for loss in losses:
-        best = max(rewards[loss], key=rewards[loss].get)
+    for name in names:
+        best = max(rewards[name], key=rewards[name].get)
         if best.rate == min(args.rates):
-            candidates.append((loss, best._replace(rate=best.rate / 2)))
+            candidates.append((name, best._replace(rate=best.rate / 2)))
         elif best.rate == max(args.rates):
-            candidates.append((loss, best._replace(rate=best.rate * 2)))
-    for loss, more in run_candidates(args, candidates).items():
-        rewards[loss] |= more
+            candidates.append((name, best._replace(rate=best.rate * 2)))
+    for name, more in run_candidates(args, candidates).items():
+        rewards[name] |= more
 
     chosen = {}
     lines = []
-    for loss in losses:
-        chosen[loss] = max(rewards[loss], key=rewards[loss].get)
-        for tuned, reward in sorted(rewards[loss].items()):
+    for name in names:
+        chosen[name] = max(rewards[name], key=rewards[name].get)
+        for tuned, reward in sorted(rewards[name].items()):
             what = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
-            mark = "  chosen" if tuned == chosen[loss] else ""
+            mark = "  chosen" if tuned == chosen[name] else ""
             numbers = f"mean reward {reward.mean:.3f}  at the end {reward.end:.3f}"
-            lines.append(f"{loss:10} {what} {numbers}{mark}")
+            lines.append(f"{name:12} {what} {numbers}{mark}")
     return chosen, lines
 
 
-def read_tuned(path: Path, losses: list[str]) -> dict[str, Tuned]:
-    """Read what the rows of an earlier comparison were run with; UserError if a loss has no row."""
+def read_tuned(path: Path, names: list[str]) -> dict[str, Tuned]:
+    """Read what rows of an earlier comparison were run with; UserError if one is missing."""
+    found = {}
     try:
-        found = {}
         for row in json.loads(files.read_text(path)):
             found[row["method"]] = Tuned(float(row["learning_rate"]), float(row["kl_weight"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} has no results of a comparison") from error
-    tuned = {}
-    for setting in COMPARISON:
-        if setting.loss in losses and setting.method in found:
-            tuned[setting.loss] = found[setting.method]
-    for loss in losses:
-        if loss not in tuned:
-            raise UserError(f"{path} has no row with the loss {loss}")
-    return tuned
+    for name in names:
+        if name not in found:
+            raise UserError(f"{path} has no row {name}")
+    return {name: found[name] for name in names}
 
 
 def run_candidates(
     args: argparse.Namespace, candidates: list[tuple[str, Tuned]]
 ) -> dict[str, dict[Tuned, TuningReward]]:
-    """Train the first row of each loss in COMPARISON, and return the rewards of the runs."""
+    """Train rows of COMPARISON, which are named, and return the rewards of the runs."""
+    rows = {setting.method: setting for setting in COMPARISON}
     jobs = {}
-    for loss, tuned in candidates:
-        setting = next(setting for setting in COMPARISON if setting.loss == loss)
-        jobs[loss, tuned] = train_job(args, setting, tuned, TUNING_SEED)
+    for name, tuned in candidates:
+        jobs[name, tuned] = train_job(args, rows[name], tuned, TUNING_SEED)
     run_jobs(list(jobs.values()))
     rewards = {}
-    for (loss, tuned), job in jobs.items():
+    for (name, tuned), job in jobs.items():
         steps = files.read_jsonl(job.folder / "metrics.jsonl")
         each = [step["reward"] for step in steps]
         reward = TuningReward(statistics.mean(each), statistics.mean(each[-SMOOTHING:]))
-        rewards.setdefault(loss, {})[tuned] = reward
+        rewards.setdefault(name, {})[tuned] = reward
     return rewards
 
 
@@ -502,8 +507,8 @@ def write_results(
         row = {
             "method": setting.method,
             "seeds": len(runs),
-            "learning_rate": tuned[setting.loss].rate * setting.rate_scale,
-            "kl_weight": tuned[setting.loss].kl_weight,
+            "learning_rate": tuned[setting.tuned_as].rate * setting.rate_scale,
+            "kl_weight": tuned[setting.tuned_as].kl_weight,
             "rollouts": args.num_steps,
         }
         results.append(row | sum_up(runs, args.goals, budgets))
@@ -529,13 +534,13 @@ def main() -> None:
     """Run what is missing, and write the results after each seed."""
     args = parse_args()
     settings = choose_settings(args)
-    losses = list(dict.fromkeys(setting.loss for setting in settings))
+    names = list(dict.fromkeys(setting.tuned_as for setting in settings))
     files.check_writable(args.out, is_folder=True)
     files.check_writable(args.work, is_folder=True, flag="--work")
     if args.tuned is not None:
         if args.tuned.resolve() == (args.out / f"{args.rows}.json").resolve():
             raise UserError(f"{args.tuned} would be replaced: give another --out, or a copy of it")
-        tuned, tuning = read_tuned(args.tuned, losses), [f"as in {args.tuned}"]
+        tuned, tuning = read_tuned(args.tuned, names), [f"as in {args.tuned}"]
     if args.task != "none":
         load_task(args.task)
     rows = problems.load_problems(args.dataset, "train")
@@ -549,14 +554,14 @@ def main() -> None:
     write_zero_values(values_file(args, 8), values_file(args, 0))
     run_jobs(measuring_jobs(args, Path(args.model), args.work / "reference"))
     if args.tuned is None:
-        tuned, tuning = tune(args, losses)
+        tuned, tuning = tune(args, names)
     print("\n".join(tuning), flush=True)
     jobs = {}
     chains = []
     # Seed by seed, so that a busy hour of the machine slows all methods down.
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for setting in settings:
-            job = train_job(args, setting, tuned[setting.loss], seed)
+            job = train_job(args, setting, tuned[setting.tuned_as], seed)
             jobs[setting, seed] = job
             chains.append([job, *measuring_jobs(args, job.folder / "final", job.folder)])
     for number, _ in enumerate(run_chains(chains), start=1):

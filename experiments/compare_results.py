@@ -43,7 +43,7 @@ LABELS = {
     "a_star_po_n1": "A*-PO, N = 1",
     "mean": "A*-PO, mean for V*",
     "zero": "A*-PO, 0 for V*",
-    "running": "A*-PO, running mean",
+    "running": "A*-PO, running means",
     "grpo_8": "GRPO, groups of 8",
     "grpo_4": "GRPO, groups of 4",
     "rebel": "REBEL",
@@ -408,7 +408,7 @@ def title_of_costs(names: list[str], totals: list[float], what: str) -> str:
 
 
 def draw_off_policy(results: list[dict], out: Path) -> None:
-    """Draw the final reward against how often a rollout is used, for V*, the mean and 0."""
+    """Draw the final reward against how old the data is in an update, for V*, the mean and 0."""
     rows = {row["method"]: row for row in results}
     ticks = {"updates_1": "1 update", "updates_4": "4 updates", "updates_16": "16 updates"}
     ticks["replay"] = "replay of\n4 rollouts"
@@ -435,6 +435,6 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
     axes.set_xticks(range(len(ticks)), ticks.values())
     note = "bar: ± 1 s.e." if any(errors) else "one run each"
     title = f"With replay, {best} in V*'s place ends highest"
-    finish(axes, title, "use of each rollout", f"reward at the end ({note})")
+    finish(axes, title, "updates on each rollout", f"reward at the end ({note})")
     label_lines(axes, labels)
     save(figure, out)

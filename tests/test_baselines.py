@@ -4,6 +4,7 @@ tests/trl_losses.json has the outputs of TRL's own code for a few numbers, and t
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -483,16 +484,28 @@ def test_the_critic_is_clipped_as_the_policy_is(group, folder, critics):
     assert (weights(critics[0]) - start).norm().item() == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_running_mean_is_of_earlier_steps(folder):
+def test_running_means_are_of_earlier_steps(folder):
     algorithm, _ = make("running", folder)
-    means = []
-    for reward in (0.5, 1.0, 0.0):
-        responses = rollout(1)
-        for response in responses:
+    a, b, c, *_ = rollout(1)
+
+    def step(*rewarded: tuple[Response, float]) -> list[float]:
+        """Give the responses their rewards; return what stands in V*'s place."""
+        responses = [response for response, _ in rewarded]
+        for response, reward in rewarded:
             response.reward = reward
         algorithm.credit(responses)
-        means.append({response.numbers["v_star"] for response in responses})
-    assert [m for [m] in means] == pytest.approx([0.5, 0.5, 0.55])
+        return [response.numbers["v_star"] for response in responses]
+
+    # Before the first step nothing is known but its own mean.
+    assert step((a, 1.0), (b, 0.0)) == pytest.approx([0.5, 0.5])
+    # A prompt's mean keeps 0.8 of what it was: 0.8 * 0.5 + 0.2 * 1, and 0.8 * 0.5 + 0.2 * 0.
+    assert step((a, 1.0), (b, 1.0)) == pytest.approx([0.6, 0.4])
+    # A new prompt starts at the mean of all, 0.9 * 0.5 + 0.1 * 1.
+    assert step((c, 0.0), (a, 0.0)) == pytest.approx([0.55, 0.68])
+    # Two responses to a prompt get the same number, and both count for the next step.
+    twin = dataclasses.replace(c, numbers={})
+    assert step((c, 1.0), (twin, 0.0)) == pytest.approx([0.44, 0.44])
+    assert step((c, 1.0)) == pytest.approx([0.8 * (0.8 * 0.44 + 0.2)])
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
@@ -720,11 +733,15 @@ def test_a_finished_job_is_kept(tmp_path):
 def test_rows_differ_in_what_they_run():
     for settings in compare.ROWS.values():
         assert len({setting.method for setting in settings}) == len(settings)
-        assert len({setting._replace(method="") for setting in settings}) == len(settings)
+        commands = {setting._replace(method="", tuned_as="") for setting in settings}
+        assert len(commands) == len(settings)
+        # Each row is tuned, by itself or as another one.
+        assert {setting.tuned_as for setting in settings} <= set(compare.KL_WEIGHTS)
     # compare.json has these; one of your own may come on top.
     names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
     methods = [setting.method for setting in compare.COMPARISON]
     assert methods[: len(names.split())] == names.split()
+    assert all(setting.tuned_as == setting.method for setting in compare.COMPARISON)
 
 
 def test_a_task_of_ones_own_runs_through_its_module():
@@ -755,9 +772,10 @@ def fake_job(job: compare.Job) -> None:
         flags = dict(zip(job.command[1:-1], job.command[2:], strict=True))
         lines = []
         for step in range(1, int(flags["--num-steps"]) + 1):
-            # The learning rate 0.002 is the best, and in A*-PO the larger of the KL weights. A
-            # step of seed 1 takes twice as long.
-            reward = 0.4 + 0.1 * step - abs(float(flags["--lr"]) - 0.002)
+            # The best learning rate is 0.002 for A*-PO, with the larger of the KL weights, and
+            # 0.001 for the others. A step of seed 1 takes twice as long.
+            best_rate = 0.002 if "--beta2" in flags else 0.001
+            reward = 0.4 + 0.1 * step - abs(float(flags["--lr"]) - best_rate)
             if flags.get("--beta2") == "0.001" or flags.get("--kl-weight") == "0.05":
                 reward -= 0.001
             metrics = {"reward": reward, "response_tokens": 5.0, "logratio": 0.25}
@@ -795,13 +813,13 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     ]
     assert ours["method"] == "a_star_po_n2"
     assert ours["learning_rate"] == 0.002 and ours["kl_weight"] == 0.01
-    assert rebel["learning_rate"] == 0.002 and rebel["kl_weight"] == 0.001
-    # The best rate was the highest, so twice that rate was tried too, with the better weight.
-    tried = list(tmp_path.glob("work/*/*lr0.004*"))
-    assert sorted(re.search(r"kl[\d.]+", folder.name)[0] for folder in tried) == [
-        "kl0.001",
-        "kl0.01",
-    ]
+    assert rebel["learning_rate"] == 0.001 and rebel["kl_weight"] == 0.001
+    # The best rate was the highest of A*-PO, so twice that rate was tried too, and the lowest of
+    # REBEL, so half of it: each with the better weight.
+    [tried] = tmp_path.glob("work/*/*lr0.004*")
+    assert tried.name.startswith("train_online-n2-") and "-kl0.01-" in tried.name
+    [tried] = tmp_path.glob("work/*/*lr0.0005*")
+    assert tried.name.startswith("baselines-method-rebel-") and "-kl0.001-" in tried.name
     # Stage 1 has 20 tokens and 7 s, a step 40 tokens and 1 or 2 s.
     assert ours["tokens_total"] == [20 + 6 * 40, 0] and rebel["tokens_total"] == [6 * 40, 0]
     assert ours["seconds_total"] == pytest.approx([7 + 9, 3])
@@ -819,26 +837,28 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert rebel["reward_at_equal_seconds"] == pytest.approx([0.7, 0.1])  # six steps, and three
     table = (tmp_path / "compare.txt").read_text().splitlines()
     assert any(re.search(r"^rebel .* 0.800 ± 0.000$", line) for line in table)  # at equal tokens
-    assert any(re.match(r"rebel +2 +0.002 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
+    assert any(re.match(r"rebel +2 +0.001 +0.001 +0.800 ± 0.000 +0.500", line) for line in table)
     assert any(re.match(r"reference +0.500 +0.750 +0.000", line) for line in table)
     assert "a_star_po_n2                 0.500   0.500" in table  # of each seed
     assert "stage 1, N = 2: 0.000 million tokens, 7 seconds" in table
-    [chosen] = [line for line in table if re.match(r"a_star_po .*chosen", line)]
+    [chosen] = [line for line in table if re.match(r"a_star_po_n2 .*chosen", line)]
     # Rewards 0.5 to 1: 0.75 on average, and 0.8 in the last five steps.
     assert re.search(r"rate 0.002 .* mean reward 0.750  at the end 0.800 ", chosen)
     zero = files.read_json(next(tmp_path.glob("work/*/values-0/values.json")))
     assert zero["prompts"][0]["rewards"] == [0.0]
 
-    # Another row of the same loss, with what was tuned above.
-    command = command.replace("--only a_star_po_n2 rebel", "--only mean rebel")
-    command += f" --eval-samples 4 --tuned {tmp_path / 'compare.json'}"
+    # The same with what was tuned above. It differs if it was edited.
+    edited = tmp_path / "edited.json"
+    files.write_json(edited, [ours | {"kl_weight": 0.001}, rebel])
+    command += f" --eval-samples 4 --tuned {edited}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / "later")])
     compare.main()
-    mean, same = json.loads((tmp_path / "later" / "compare.json").read_text())
-    assert mean["learning_rate"] == 0.002 and mean["kl_weight"] == 0.01 and same == rebel
+    with_another, same = json.loads((tmp_path / "later" / "compare.json").read_text())
+    assert with_another["learning_rate"] == 0.002 and with_another["kl_weight"] == 0.001
+    assert same["kl_weight"] == 0.001 and same["reward_final"] == rebel["reward_final"]
     for more, says in (
-        ("--only ppo", "has no row with the loss ppo"),
-        (f"--out {tmp_path}", "would be replaced"),
+        ("--only ppo", "has no row ppo"),
+        (f"--out {tmp_path} --tuned {tmp_path / 'compare.json'}", "would be replaced"),
         (f"--tuned {tmp_path / 'compare.txt'}", "has no results of a comparison"),
         ("--rollout-size 9", "is no multiple of the 2 responses per prompt of rebel"),
     ):
