@@ -128,20 +128,31 @@ def all_of(verdicts: Iterable[bool | None]) -> bool | None:
     return True
 
 
+def any_of(verdicts: Iterable[bool | None]) -> bool | None:
+    """Combine verdicts of which one must be true; None if that is open."""
+    verdicts = set(verdicts)
+    if True in verdicts:
+        return True
+    if None in verdicts:
+        return None
+    return False
+
+
 def compare_equations(golds: list[str], preds: list[str], algebra: Algebra) -> bool | None:
     """Compare two texts of which at least one has equals signs; both are split at these."""
     # x=5 accepts 5, and it accepts x=2+3=5. From here on it is 5.
     if len(golds) == 2 and is_name(golds[0]) and (len(preds) == 1 or preds[0] == golds[0]):
         golds = golds[1:]
     # y=2x+3 accepts 2x-y+3=0; x=5 rejects y=5; x+y=5 rejects 5.
-    if len(golds) > 1:
+    if len(golds) > 1 and any(symbols(split_unit(gold)[0]) for gold in golds):
         is_equation = len(golds) == len(preds) == 2
         return is_equation and compare_values("=".join(golds), "=".join(preds), algebra)
     # 5 accepts x=5 and x+y=5, but not 2x=5.
     if len(preds) > 1 and says_what(preds[0]):
         preds = preds[1:]
-    # All sides that are left must equal the answer: 5 accepts 2+3=5 and rejects 6=5.
-    return all_of(compare(golds[0], pred, algebra) for pred in preds)
+    # All sides that are left must equal the answer: 5 accepts 2+3=5 and rejects 6=5. If the answer
+    # is one number in two spellings, such as 0.56=56%, each of them is right.
+    return all_of(any_of(compare(gold, pred, algebra) for gold in golds) for pred in preds)
 
 
 def is_name(text: str) -> bool:

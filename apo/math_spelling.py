@@ -89,6 +89,8 @@ def rename(text: str) -> str:
     text = re.sub(r"\\not *=|(?<=\s)!=", "≠", text)  # 5!=120 is a factorial
     text = re.sub(r"\\not *\\", r"\\not", text)  # \not\in is \notin
     text = text.replace(">=", "≥").replace("<=", "≤")
+    text = re.sub(r"(?<=\d),\\!\s*(?=\d{3})", "{,}", text)  # 1,\! 234 is one number
+    text = re.sub(r"\\phantom *(\{[-+]\}|[-+])", "", text)  # an unseen sign, to align numbers
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
@@ -152,8 +154,10 @@ def read_numbers(text: str) -> str:
     """Give each kind of number one spelling: 1,234 is 1234, and 3.2E5 is 3.2e5."""
     text = join_thousands(text)
     text = re.sub(r"\$ *([\d,.{}]*\d)", r"\1\\text{dollar}", text)  # $18.90
+    text = re.sub(r"\$ *(?=\\frac)", "", text)
     text = re.sub(r"(?<=\d) *\$", r"\\text{dollar}", text)
     text = re.sub(r" *(%|per cent)", "%", text)
+    text = re.sub(r"(?<!\d)0(?=\d:\d\d)", "", text)  # 05:00 is 5:00
     # 0.\overline{3} is 0.333..., with more digits than any comparison looks at.
     repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
@@ -166,11 +170,16 @@ def join_thousands(text: str) -> str:
     """Write 1,234 and 1 234 as 1234; but (1,234) is a pair, and 5, 100, 200 are three numbers."""
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
     depth = levels(text)
+    thousands = r"[1-9]\d{0,2}([ ,]\d{3})+"
 
     def join(found: re.Match) -> str:
-        return found[0] if depth[found.start()] else re.sub(r"\D", "", found[0])
+        return re.sub(r"[ ,]", "", found[0])
 
-    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}([ ,]\d{3})+(?!\d|,\d)", join, text)
+    def join_outside(found: re.Match) -> str:
+        return found[0] if depth[found.start()] else join(found)
+
+    text = re.sub(rf"(?<![\d.,]){thousands}(?!\d|,\d)", join_outside, text)
+    return re.sub(rf"[\w}}^]\{{{thousands}\}}", join, text)  # an argument: \frac{1}{1,234}
 
 
 def separate_items(text: str) -> str:
