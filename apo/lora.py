@@ -56,7 +56,8 @@ class LoraPolicy(Policy):
         """Put the weights together one at a time, each with its adapter added in float32.
 
         Names and shapes are those of the plain model. On GPUs the sum is rounded to bf16, where the
-        policy itself adds W x and 2 B A x: sampler and policy then differ by that rounding.
+        policy itself adds W x and 2 B A x: sampler and policy then differ by that rounding, and a
+        change of less than half a step of bf16 does not reach the sampler at all.
         """
         state = self.lm.state_dict()
         for name, weight in state.items():

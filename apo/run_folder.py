@@ -92,6 +92,8 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     if not had_checkpoints and final_step is None and (out / HAS_CHECKPOINTS).exists():
         raise UserError(f"the checkpoints of {out} are gone: give another --out")
     step = saved_step(checkpoint) if checkpoint else 0
+    if config["resume"] and not (out / "config.json").exists():  # it may be a mistyped --out
+        print(f"{out} has no run to resume: training starts at step 1", file=sys.stderr)
     files.write_json(out / "config.json", config)
     # The steps after the checkpoint run again, and are logged again.
     log.forget_after(step)

@@ -30,7 +30,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def resume(out: Path, num_steps: int = 8, **changes: object) -> Progress:
-    config = {"out": str(out), "num_steps": num_steps, "lr": 0.1} | changes
+    config = {"out": str(out), "num_steps": num_steps, "lr": 0.1, "resume": True} | changes
     log = RunLog(out, num_steps)
     try:
         return open_run(config, log)
@@ -58,6 +58,18 @@ def test_it_goes_on_from_the_newest_checkpoint(out: Path) -> None:
     remove(out / "final")
     assert resume(out) == Progress(False, out / "checkpoints" / "step-2", 2)
     assert steps(out) == [1, 2]
+
+
+def test_a_folder_without_a_run_starts_one_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The name may be mistyped."""
+    assert resume(tmp_path / "new", resume=False) == Progress(False, None, 0)
+    assert capsys.readouterr().err == ""
+    assert resume(tmp_path / "mistyped") == Progress(False, None, 0)
+    assert "mistyped has no run to resume: training starts at step 1" in capsys.readouterr().err
+    resume(tmp_path / "mistyped")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_model_is_never_trained_again_from_the_start(out: Path) -> None:
