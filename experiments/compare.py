@@ -7,18 +7,21 @@ Command:  python -m experiments.countdown make           the task and its refere
           python -m experiments.compare --rows controls --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
-Time:     hours on 2 cores. Runs go two at a time, with one thread each. Finished runs are kept, so
-          that an interrupted comparison goes on. After a change of code, give another --work.
-Output:   in experiments/results, after each seed: compare.json, .txt and .png, and costs.png; or
-          ablations.json and .txt, as for controls; or off-policy.json, .txt and .png.
+Time:     hours on 2 cores. Two runs go at a time, with one thread each. Finished runs are kept, so
+          an interrupted comparison continues when you start it again. After a change of code, give
+          another --work.
+Output:   NAME.json and NAME.txt in experiments/results, after each seed, where NAME is the value of
+          --rows. `compare` also draws compare.png and costs.png, `off-policy` off-policy.png.
 Answer:   for each method the tokens and the seconds to each goal, stage 1 included, and what it has
           in the end: reward, pass@k, distance from the reference.
 
-All methods sample the same number of responses in a step: with 8 responses per prompt, there are an
-eighth of the prompts. The learning rate and the weight of the KL term are tuned for each row: four
-runs try two rates with two weights, and a fifth one tries half or twice the best rate. No row of
-the results has their seed. The highest mean reward over the run wins. With --tuned both are taken
-from an earlier comparison instead.
+All methods sample the same number of responses in a step, so a row with 8 responses per prompt has
+an eighth of the prompts. Each row of the comparison has its own learning rate and weight of the KL
+term. Four runs try two rates with two weights. If the best rate is the lowest or the highest of
+these, a fifth run tries half or twice that rate. The run with the highest mean reward wins. The
+seed of these runs is used for nothing else. The other tables take rate and weight from the row that
+`tuned_as` names. With a single one in --rates nothing is tuned, and the weight is the published
+one. With --tuned, rate and weight come from an earlier comparison.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -44,6 +47,7 @@ from apo import command_line, files, problems
 from apo.files import UserError
 from experiments.compare_results import (
     SMOOTHING,
+    Run,
     describe_stage_1,
     draw_comparison,
     draw_costs,
@@ -63,30 +67,44 @@ TUNING_SEED = 1000  # of the runs that choose the learning rate; no result is fr
 # What is compared
 
 
-class Setting(NamedTuple):
-    """One row of the results."""
-
-    method: str  # its name in the results
-    command: str = "train_online"  # and the flags that differ
-    value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
-    responses: int = 1  # per prompt
-    rate_scale: float = 1.0  # of the learning rate
-    tuned_as: str = "a_star_po_n8"  # the row whose learning rate and KL weight it has
-
-
 class KlWeight(NamedTuple):
-    """The weight of a row's KL term: the flag, and the two numbers that are tried.
+    """The weight of a loss's KL term: its flag, and the two numbers that are tried.
 
-    A row without a KL term has "--kl-weight" and 0 twice here, and 0 in baselines.METHODS.
+    A loss without a KL term has KlWeight("--kl-weight", 0, 0), and 0 in baselines.METHODS.
     """
 
     flag: str
     published: float
-    other: float
+    alternative: float
+
+
+# The alternative is for A*-PO ten times the published weight, and for the others A*-PO's published
+# weight, 0.001. In GRPO the same number means something else, because its advantages are divided by
+# their standard deviation.
+BETA2 = KlWeight("--beta2", published=1e-3, alternative=1e-2)
+GRPO_KL_WEIGHT = KlWeight("--kl-weight", published=0.04, alternative=1e-3)
+REWARD_KL_WEIGHT = KlWeight("--kl-weight", published=0.05, alternative=1e-3)  # REBEL and PPO
+
+
+class Setting(NamedTuple):
+    """One row of the results."""
+
+    method: str  # its name in the results
+    command: str = "train_online"  # the stage or `baselines`, and its flags
+    num_value_samples: int = 8  # N of stage 1; 0: no stage 1, and V* is 0
+    samples_per_prompt: int = 1  # in stage 2
+    kl_weight: KlWeight = BETA2
+    rate_scale: float = 1.0  # a factor on the tuned learning rate
+    tuned_as: str | None = None  # the row whose learning rate and KL weight it takes; None: its own
+
+    @property
+    def tuned_row(self) -> str:
+        """The row that is tuned for this one."""
+        return self.method if self.tuned_as is None else self.tuned_as
 
 
 class Tuned(NamedTuple):
-    """What a row is run with."""
+    """The learning rate and the KL weight of a row."""
 
     rate: float
     kl_weight: float
@@ -99,42 +117,34 @@ class TuningReward(NamedTuple):
     end: float  # over its last SMOOTHING steps: near 0 if it has collapsed
 
 
-# `other` is for A*-PO ten times its weight, and for the others the published weight of A*-PO. In
-# GRPO the unit is another one, since its advantages are divided by the standard deviation.
-BETA2 = KlWeight("--beta2", published=1e-3, other=1e-2)
-KL_WEIGHT_OF_GRPO = KlWeight("--kl-weight", published=0.04, other=1e-3)
-KL_WEIGHTS = {
-    "a_star_po_n8": BETA2,
-    "a_star_po_n2": BETA2,
-    "a_star_po_n1": BETA2,
-    "mean": BETA2,
-    "zero": BETA2,
-    "running": BETA2,
-    "grpo_8": KL_WEIGHT_OF_GRPO,
-    "grpo_4": KL_WEIGHT_OF_GRPO,
-    "rebel": KlWeight("--kl-weight", published=0.05, other=1e-3),
-    "ppo": KlWeight("--kl-weight", published=0.05, other=1e-3),
-}
-
-
 BASELINE = "baselines --method"
 MEAN = "train_online --beta1 inf"
 
-# Each row is tuned by itself.
+GRPO = Setting("grpo", f"{BASELINE} grpo", 0, kl_weight=GRPO_KL_WEIGHT)
+REBEL = Setting("rebel", f"{BASELINE} rebel", 0, samples_per_prompt=2, kl_weight=REWARD_KL_WEIGHT)
+PPO = Setting("ppo", f"{BASELINE} ppo", 0, kl_weight=REWARD_KL_WEIGHT)
+
+# Each of these is tuned by itself.
 COMPARISON = [
-    Setting("a_star_po_n8", tuned_as="a_star_po_n8"),
-    Setting("a_star_po_n2", value_samples=2, tuned_as="a_star_po_n2"),
-    Setting("a_star_po_n1", value_samples=1, tuned_as="a_star_po_n1"),
-    Setting("mean", MEAN, tuned_as="mean"),
-    Setting("zero", value_samples=0, tuned_as="zero"),
-    Setting("running", f"{BASELINE} running", value_samples=0, tuned_as="running"),
-    Setting("grpo_8", f"{BASELINE} grpo", value_samples=0, responses=8, tuned_as="grpo_8"),
-    Setting("grpo_4", f"{BASELINE} grpo", value_samples=0, responses=4, tuned_as="grpo_4"),
-    Setting("rebel", f"{BASELINE} rebel", value_samples=0, responses=2, tuned_as="rebel"),
-    Setting("ppo", f"{BASELINE} ppo", value_samples=0, tuned_as="ppo"),
+    Setting("a_star_po_n8"),
+    Setting("a_star_po_n2", num_value_samples=2),
+    Setting("a_star_po_n1", num_value_samples=1),
+    Setting("mean", MEAN),
+    Setting("zero", num_value_samples=0),
+    Setting("running", f"{BASELINE} running", num_value_samples=0),
+    GRPO._replace(method="grpo_8", samples_per_prompt=8),
+    GRPO._replace(method="grpo_4", samples_per_prompt=4),
+    REBEL,
+    PPO,
 ]
-# The other tables have the rate and the weight of A*-PO with N = 8, unless they name another row.
-ABLATIONS = [
+
+
+def as_tuned_for(row: str, settings: list[Setting]) -> list[Setting]:
+    """Give settings the learning rate and the KL weight that are tuned for a row of COMPARISON."""
+    return [setting._replace(tuned_as=row) for setting in settings]
+
+
+A_STAR_PO_ABLATIONS = [
     Setting("published"),  # N = 8, beta1 = 0.5, 2 updates, 1 response
     # At beta1 = inf, V* is the mean of the N rewards; at 1e-6 it is the best of them.
     Setting("mean", MEAN),
@@ -142,49 +152,59 @@ ABLATIONS = [
     Setting("beta1_1", "train_online --beta1 1"),
     Setting("beta1_0.1", "train_online --beta1 0.1"),
     Setting("best_of_n", "train_online --beta1 1e-6"),
-    Setting("n_4", value_samples=4),
-    Setting("n_32", value_samples=32),
-    Setting("responses_2", responses=2),
-    Setting("responses_4", responses=4),
+    Setting("n_4", num_value_samples=4),
+    Setting("n_32", num_value_samples=32),
+    Setting("responses_2", samples_per_prompt=2),
+    Setting("responses_4", samples_per_prompt=4),
 ]
-# Two factors: how far off-policy the data is, from not at all to much, and what stands in V*'s
-# place. The rate was tuned with 2 updates per step. With n updates, each has another share of the
-# batch, so the rate is scaled by the square root of 2 / n, the rule for Adam (Malladi et al. 2022,
-# arXiv 2205.10287). `replay` makes 4 updates, each on a whole rollout. The rule would not
-# lower its rate. It still gets the rate of 4 updates, because it uses each response 4 times.
-OFF_POLICY = []
-for data, command, num_updates in (
-    ("updates_1", "train_online --updates-per-batch 1", 1),
-    ("updates_4", "train_online --updates-per-batch 4", 4),
-    ("updates_16", "train_online --updates-per-batch 16", 16),
-    ("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
-):
+
+
+def off_policy_settings(data: str, command: str, num_updates: int) -> list[Setting]:
+    """Put V*, the mean reward and 0 in V*'s place, all on the same kind of data.
+
+    The rate was tuned with 2 updates per step. With n updates, each has another share of the
+    batch, so the rate is scaled by the square root of 2 / n, the rule for Adam (Malladi et al.
+    2022, arXiv 2205.10287).
+    """
     scale = math.sqrt(2 / num_updates)
-    OFF_POLICY += [
+    return [
         Setting(f"{data}_v_star", command, rate_scale=scale),
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
-        Setting(f"{data}_zero", command, value_samples=0, rate_scale=scale),
+        Setting(f"{data}_zero", command, num_value_samples=0, rate_scale=scale),
     ]
-# Why do the methods differ? Clipping at norm 1 did not act on A*-PO in the run whose norm was kept:
-# the gradient is proportional to beta2. The limit 0.003 is about half of its norm in early
-# steps. GRPO's norm was not logged, and its limit is a guess. Against V* the advantages sum to
-# less than 0, against the mean reward to about 0, and against 0 to more. PPO's lambda is 1 in verl.
+
+
+# Two factors: how old the data is, and what stands in V*'s place. `replay` makes 4 updates, each on
+# a whole rollout. By the rule above it would keep its rate. It gets the rate of 4 updates, because
+# it uses each response 4 times.
+OFF_POLICY = [
+    *off_policy_settings("updates_1", "train_online --updates-per-batch 1", 1),
+    *off_policy_settings("updates_4", "train_online --updates-per-batch 4", 4),
+    *off_policy_settings("updates_16", "train_online --updates-per-batch 16", 16),
+    *off_policy_settings("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
+]
+# Why do the methods differ? Against V* the advantages sum to less than 0, against the mean reward
+# to about 0, and against 0 to more.
+# Clipping at norm 1 did not act on A*-PO in the one run whose norm was logged, because the gradient
+# is proportional to beta2. The limit 0.003 is about half of the norm in early steps at beta2 =
+# 0.001. GRPO's norm was not logged, and its limit is a guess. PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
-CONTROLS = [
+A_STAR_PO_CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),
     Setting("mean_2x_rate", MEAN, rate_scale=2.0),
-    Setting("zero_2x_rate", value_samples=0, rate_scale=2.0),
+    Setting("zero_2x_rate", num_value_samples=0, rate_scale=2.0),
     Setting("a_star_po_2x_rate_clipped", CLIPPED, rate_scale=2.0),
-    Setting("zero_2x_rate_clipped", CLIPPED, value_samples=0, rate_scale=2.0),
-    Setting(
-        "grpo_8_clipped",
-        f"{BASELINE} grpo --max-grad-norm 0.05",
-        value_samples=0,
-        responses=8,
-        tuned_as="grpo_8",
-    ),
-    Setting("ppo_lambda_1", f"{BASELINE} ppo --gae-lambda 1", value_samples=0, tuned_as="ppo"),
+    Setting("zero_2x_rate_clipped", CLIPPED, num_value_samples=0, rate_scale=2.0),
 ]
+GRPO_CLIPPED = GRPO._replace(
+    method="grpo_8_clipped",
+    command=f"{BASELINE} grpo --max-grad-norm 0.05",
+    samples_per_prompt=8,
+    tuned_as="grpo_8",
+)
+PPO_LAMBDA_1 = PPO._replace(
+    method="ppo_lambda_1", command=f"{BASELINE} ppo --gae-lambda 1", tuned_as="ppo"
+)
 PROCESS = [
     Setting("response"),
     Setting("lines_2", "process --continuations 2"),
@@ -192,10 +212,10 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
-    "controls": CONTROLS,
-    "ablations": ABLATIONS,
-    "off-policy": OFF_POLICY,
-    "process": PROCESS,  # process.py has the command
+    "controls": [*as_tuned_for("a_star_po_n8", A_STAR_PO_CONTROLS), GRPO_CLIPPED, PPO_LAMBDA_1],
+    "ablations": as_tuned_for("a_star_po_n8", A_STAR_PO_ABLATIONS),
+    "off-policy": as_tuned_for("a_star_po_n8", OFF_POLICY),
+    "process": as_tuned_for("a_star_po_n8", PROCESS),  # process.py has the command
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -220,8 +240,8 @@ def run_job(job: Job) -> None:
     """
     note = Path(f"{job.folder}.json")
     if (job.folder / job.product).exists():
-        what = f"{job.folder} (remove it, or give another --work)"
-        files.refuse_difference(what, files.read_json(note), {"command": job.command})
+        subject = f"{job.folder} (remove it, or give another --work)"
+        files.refuse_difference(subject, files.read_json(note), {"command": job.command})
         return
     start = time.perf_counter()
     log = Path(f"{job.folder}.log")
@@ -253,10 +273,10 @@ def run_jobs(jobs: list[Job]) -> None:
 
 
 def run_chains(chains: list[list[Job]]) -> Iterator[None]:
-    """Run the jobs of each chain in order, two chains at a time; yield as each chain is finished.
+    """Run the jobs of each chain in order, two chains at a time.
 
-    The first is yielded first, even if the second was faster. A failure is raised when the turn of
-    its chain comes, and from then on no further chain is started.
+    Yield once for each finished chain, in the order of `chains`. A failure is raised when its
+    chain's turn comes. No further chain starts after that.
     """
     pool = ThreadPoolExecutor(RUNS_AT_ONCE)
     try:
@@ -272,7 +292,7 @@ def run_chain(chain: list[Job]) -> None:
 
 
 def stage_command(args: argparse.Namespace, command: str) -> list[str]:
-    """Write how python is to be called for a stage, or for the baselines, on the task."""
+    """Return python's arguments for a stage, baselines.py or process.py on the task."""
     stage, *flags = command.split()
     if args.task != "none":
         return ["-m", args.task, stage, *flags]
@@ -291,7 +311,7 @@ def stage1_job(args: argparse.Namespace, num_samples: int) -> Job:
 
 
 def values_file(args: argparse.Namespace, num_samples: int) -> Path:
-    """Return where the values of N responses per prompt are; N = 0 has V* = 0."""
+    """Return the path of the values file with N responses per prompt; for N = 0, V* is 0 in it."""
     return args.work / f"values-{num_samples}" / "values.json"
 
 
@@ -308,15 +328,15 @@ def train_job(args: argparse.Namespace, setting: Setting, tuned: Tuned, seed: in
     """Train with one setting and seed. The folder's name says which."""
     rate = tuned.rate * setting.rate_scale
     name = re.sub(r"[^\w.]+", "-", setting.command).strip("-")
-    name += f"-n{setting.value_samples}-x{setting.responses}-lr{rate:g}"
+    name += f"-n{setting.num_value_samples}-x{setting.samples_per_prompt}-lr{rate:g}"
     name += f"-kl{tuned.kl_weight:g}-seed{seed}"
     folder = args.work / name
     command = stage_command(args, setting.command)
-    command += ["--values", str(values_file(args, setting.value_samples)), "--out", str(folder)]
+    command += ["--values", str(values_file(args, setting.num_value_samples)), "--out", str(folder)]
     command += ["--lr", f"{rate:g}", "--seed", str(seed), "--num-steps", str(args.num_steps)]
-    command += ["--batch-size", str(args.rollout_size // setting.responses)]
-    command += ["--samples-per-prompt", str(setting.responses)]
-    command += [KL_WEIGHTS[setting.tuned_as].flag, f"{tuned.kl_weight:g}"]
+    command += ["--batch-size", str(args.rollout_size // setting.samples_per_prompt)]
+    command += ["--samples-per-prompt", str(setting.samples_per_prompt)]
+    command += [setting.kl_weight.flag, f"{tuned.kl_weight:g}"]
     command += ["--save-every", str(args.num_steps), "--eval-dataset", "none"]
     return Job(command, folder, "final/manifest.json")
 
@@ -361,18 +381,23 @@ def parse_args() -> argparse.Namespace:
         metavar="METHOD",
         help="make these rows alone; they replace all that is in --out",
     )
-    task = "module of a task, which runs the stages on it; none: the stages alone"
-    add("--task", metavar="MODULE", default="experiments.countdown", help=task)
+    task_help = "module of a task, which runs the stages on it; none: the stages alone"
+    add("--task", metavar="MODULE", default="experiments.countdown", help=task_help)
     add("--model", default="countdown/reference", help="the reference")
     add("--dataset", default="countdown", help="training problems")
     add("--test", default="countdown", help="test problems")
     add("--max-tokens", type=number, default=160, help="longest response")
     add("--seeds", type=number, default=5, help="number of runs of each row, each with a seed")
     add("--first-seed", type=command_line.seed, default=0, help="the others count up from it")
-    tuned = "take learning rates and KL weights from this earlier compare.json, and tune nothing"
-    add("--tuned", type=Path, metavar="FILE", help=tuned)
-    rates = "learning rates to try; one alone is used as it is, with the published KL weight"
-    add("--rates", type=command_line.positive_number, nargs="+", default=[1e-4, 2e-4], help=rates)
+    tuned_help = "take learning rates and KL weights from this compare.json, and tune nothing"
+    add("--tuned", type=Path, metavar="FILE", help=tuned_help)
+    add(
+        "--rates",
+        type=command_line.positive_number,
+        nargs="+",
+        default=[1e-4, 2e-4],
+        help="learning rates to try; a single one is used as it is, with the published KL weight",
+    )
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
     no_seconds = "leave them out of table and picture, if other work ran beside some of the runs"
     add("--no-seconds", action="store_true", help=no_seconds)
@@ -408,27 +433,30 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
         raise UserError("--rows process needs --task none, see experiments/process.py")
     chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]
     for setting in chosen:
-        if args.rollout_size % setting.responses != 0:
+        samples = setting.samples_per_prompt
+        if args.rollout_size % samples != 0:
             raise UserError(
-                f"--rollout-size {args.rollout_size} is no multiple of the {setting.responses} "
-                f"responses per prompt of {setting.method}"
+                f"--rollout-size {args.rollout_size} is no multiple of the {samples} responses per "
+                f"prompt of {setting.method}"
             )
     return chosen
 
 
 def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], list[str]]:
-    """Find the learning rate and the KL weight of each row; return them, and what was tried.
+    """Find the learning rate and the KL weight of rows of COMPARISON; return lines about it, too.
 
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
-    them, half or twice that rate is tried as well, with the same weight.
+    them, half or twice that rate is tried as well, with the same weight. With a single rate,
+    nothing is tried, and the weight is the published one.
     """
+    weights_of = {setting.method: setting.kl_weight for setting in COMPARISON}
     if len(args.rates) == 1:
-        return {name: Tuned(args.rates[0], KL_WEIGHTS[name].published) for name in names}, []
+        return {name: Tuned(args.rates[0], weights_of[name].published) for name in names}, []
     candidates = []
     for rate in args.rates:
         for name in names:
-            weights = KL_WEIGHTS[name]
-            candidates += [(name, Tuned(rate, w)) for w in (weights.published, weights.other)]
+            candidates.append((name, Tuned(rate, weights_of[name].published)))
+            candidates.append((name, Tuned(rate, weights_of[name].alternative)))
     rewards = run_candidates(args, candidates)
     candidates = []
     for name in names:
@@ -445,10 +473,10 @@ def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], 
     for name in names:
         chosen[name] = max(rewards[name], key=rewards[name].get)
         for tuned, reward in sorted(rewards[name].items()):
-            what = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
+            pair = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
             mark = "  chosen" if tuned == chosen[name] else ""
             numbers = f"mean reward {reward.mean:.3f}  at the end {reward.end:.3f}"
-            lines.append(f"{name:12} {what} {numbers}{mark}")
+            lines.append(f"{name:12} {pair} {numbers}{mark}")
     return chosen, lines
 
 
@@ -487,28 +515,24 @@ def run_candidates(
 def write_results(
     args: argparse.Namespace,
     tuned: dict[str, Tuned],
-    tuning: list[str],
-    jobs: dict[tuple[Setting, int], Job],
+    tuning_lines: list[str],
+    settings: list[Setting],
+    jobs: list[tuple[Setting, Job]],
 ) -> None:
-    """Sum up all runs of each row, write the results, and draw them. `jobs` is by row and seed."""
-    folders_of = {}
-    for (setting, _), job in jobs.items():
-        folders_of.setdefault(setting, []).append(job.folder)
-    runs_of = {}
-    for setting, folders in folders_of.items():
-        values = values_file(args, setting.value_samples)
-        runs_of[setting.method] = [
-            read_run(folder, values, args.rollout_size) for folder in folders
-        ]
+    """Sum up the runs of each row, write the results, and draw them. `jobs` are those that ran."""
+    runs_of = {setting.method: [] for setting in settings}
+    for setting, job in jobs:
+        values = values_file(args, setting.num_value_samples)
+        runs_of[setting.method].append(read_run(job.folder, values, args.rollout_size))
     budgets = find_budgets(list(itertools.chain(*runs_of.values())))
     results = []
-    for setting in folders_of:
+    for setting in settings:
         runs = runs_of[setting.method]
         row = {
             "method": setting.method,
             "seeds": len(runs),
-            "learning_rate": tuned[setting.tuned_as].rate * setting.rate_scale,
-            "kl_weight": tuned[setting.tuned_as].kl_weight,
+            "learning_rate": tuned[setting.tuned_row].rate * setting.rate_scale,
+            "kl_weight": tuned[setting.tuned_row].kl_weight,
             "rollouts": args.num_steps,
         }
         results.append(row | sum_up(runs, args.goals, budgets))
@@ -516,12 +540,19 @@ def write_results(
     costs = ["tokens"] if args.no_seconds else ["tokens", "seconds"]
     table = make_table(results, read_scores(args.work / "reference"), costs, budgets)
     table += ["", "pass@1 of each seed", "", *table_of_seeds(runs_of), ""]
-    for count in sorted({setting.value_samples for setting in folders_of} - {0}):
+    for count in sorted({setting.num_value_samples for setting in settings} - {0}):
         table.append(describe_stage_1(values_file(args, count)))
-    if tuning:
-        table += ["", f"Tuning, seed {TUNING_SEED}", "", *tuning]
+    if tuning_lines:
+        table += ["", f"Tuning, seed {TUNING_SEED}", "", *tuning_lines]
     text = "\n".join(line.rstrip() for line in table) + "\n"
     files.write_text(args.out / f"{args.rows}.txt", text)
+    draw_pictures(args, results, runs_of, costs)
+
+
+def draw_pictures(
+    args: argparse.Namespace, results: list[dict], runs_of: dict[str, list[Run]], costs: list[str]
+) -> None:
+    """Draw what there is to draw of the rows. `costs` are the names of UNITS that are wanted."""
     if args.rows == "compare":
         goal = f"{max(args.goals):g}"
         draw_comparison(runs_of, results, costs, goal, args.out / "compare.png")
@@ -534,40 +565,40 @@ def main() -> None:
     """Run what is missing, and write the results after each seed."""
     args = parse_args()
     settings = choose_settings(args)
-    names = list(dict.fromkeys(setting.tuned_as for setting in settings))
+    names = list(dict.fromkeys(setting.tuned_row for setting in settings))
     files.check_writable(args.out, is_folder=True)
     files.check_writable(args.work, is_folder=True, flag="--work")
     if args.tuned is not None:
         if args.tuned.resolve() == (args.out / f"{args.rows}.json").resolve():
             raise UserError(f"{args.tuned} would be replaced: give another --out, or a copy of it")
-        tuned, tuning = read_tuned(args.tuned, names), [f"as in {args.tuned}"]
+        tuned = read_tuned(args.tuned, names)
+        tuning_lines = [f"as in {args.tuned}"]
     if args.task != "none":
         load_task(args.task)
-    rows = problems.load_problems(args.dataset, "train")
+    train_rows = problems.load_problems(args.dataset, "train")
     test_rows = problems.load_problems(args.test, "test")
     fingerprint = files.model_fingerprint(files.model_folder(args.model))
     # Runs on another model or other problems are other runs.
-    args.work = args.work / files.content_digest([rows, test_rows, fingerprint])
+    args.work = args.work / files.content_digest([train_rows, test_rows, fingerprint])
 
-    counts = {setting.value_samples for setting in settings}
+    counts = {setting.num_value_samples for setting in settings}
     run_jobs([stage1_job(args, n) for n in sorted(counts | {8}) if n > 0])
     write_zero_values(values_file(args, 8), values_file(args, 0))
     run_jobs(measuring_jobs(args, Path(args.model), args.work / "reference"))
     if args.tuned is None:
-        tuned, tuning = tune(args, names)
-    print("\n".join(tuning), flush=True)
-    jobs = {}
+        tuned, tuning_lines = tune(args, names)
+    print("\n".join(tuning_lines), flush=True)
+    jobs = []
     chains = []
-    # Seed by seed, so that a busy hour of the machine slows all methods down.
+    # Seed by seed, so that a busy hour of the machine slows all methods and not one.
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for setting in settings:
-            job = train_job(args, setting, tuned[setting.tuned_as], seed)
-            jobs[setting, seed] = job
+            job = train_job(args, setting, tuned[setting.tuned_row], seed)
+            jobs.append((setting, job))
             chains.append([job, *measuring_jobs(args, job.folder / "final", job.folder)])
-    for number, _ in enumerate(run_chains(chains), start=1):
-        if number % len(settings) == 0:
-            finished = dict(itertools.islice(jobs.items(), number))
-            write_results(args, tuned, tuning, finished)
+    for num_finished, _ in enumerate(run_chains(chains), start=1):
+        if num_finished % len(settings) == 0:
+            write_results(args, tuned, tuning_lines, settings, jobs[:num_finished])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Sum up the runs of compare.py: rows, tables and pictures.
 
-The results are a list with one entry for each method. Pairs are the mean over the seeds and its
+The results are a list with one entry for each method. A pair is a mean over the seeds and its
 standard error:
 
-tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. Its time
-                             is that of its values file, with the start-up of its engine.
+tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. The
+                             seconds of stage 1 come from the values file, and include starting the
+                             engine.
 reward_final                 reward of the training responses, the mean of the last SMOOTHING steps
 pass_at_1, ..., pass_at_64   of the trained model on the test problems, at temperature 1
 kl                           ln(pi / pi_ref) of a response, in nats, over the same steps; null if
@@ -13,7 +14,7 @@ kl_other, reward_other       on problems with two numbers, which training has no
 tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
                              run did. The reward is the mean of the SMOOTHING steps around each. It
                              is noisier for methods with fewer prompts in a step, which therefore
-                             touch a goal earlier. pass_at_1 has no such fault.
+                             touch a goal earlier. pass_at_1 is not affected.
 reward_at_equal_tokens,      reward_final if each run had stopped when the cheapest of all runs
 reward_at_equal_seconds      ended; null if stage 1 and one step take more in any run
 """
@@ -31,12 +32,13 @@ import numpy
 from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from apo import files
 from experiments.plot import COLOURS, Label, finish, label_lines, save, smooth, spread
 
 SMOOTHING = 9  # steps
-# How a row is called in a picture, if not by its name in the results.
+# What a row is called in a picture, if not by its name in the results.
 LABELS = {
     "a_star_po_n8": "A*-PO, N = 8",
     "a_star_po_n2": "A*-PO, N = 2",
@@ -52,13 +54,13 @@ LABELS = {
 
 
 class Unit(NamedTuple):
-    """In what something is counted in tables and pictures."""
+    """A unit of cost, for tables and pictures."""
 
     name: str
     size: float
 
 
-UNITS = {"tokens": Unit("millions of tokens", 1e6), "seconds": Unit("seconds", 1.0)}
+UNITS = {"tokens": Unit("million tokens", 1e6), "seconds": Unit("seconds", 1.0)}
 
 # ---------------------------------------------------------------------------------------------
 # Reading
@@ -68,15 +70,15 @@ class Scores(NamedTuple):
     """What a model can do."""
 
     pass_at_k: dict[str, float]  # by k
-    other: dict[str, float]  # reward and KL on problems of another size; empty if not measured
+    other: dict[str, float]  # reward and KL on problems with two numbers; empty if not measured
 
 
 class Run(NamedTuple):
-    """The log of a training run, with what was spent, stage 1 included, before each step."""
+    """The log of a training run."""
 
     rewards: list[float]  # of each step
-    tokens: list[float]  # sampled before each step; and one more, the total
-    seconds: list[float]  # the same
+    # By UNITS: what was spent before each step, stage 1 included; and one more, the total.
+    spent: dict[str, list[float]]
     kl: float | None  # None: its loss does not return the log-ratio
     scores: Scores  # of the trained model
 
@@ -109,15 +111,14 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
         kl = statistics.mean(step["logratio"] for step in steps[-SMOOTHING:])
     return Run(
         rewards=[step["reward"] for step in steps],
-        tokens=tokens,
-        seconds=seconds,
+        spent={"tokens": tokens, "seconds": seconds},
         kl=kl,
         scores=read_scores(folder),
     )
 
 
 def describe_stage_1(values_file: Path) -> str:
-    """Say what a values file took."""
+    """Say what stage 1 cost."""
     values = files.read_json(values_file)
     count = len(values["prompts"][0]["rewards"])
     tokens = sum(sum(entry["lengths"]) for entry in values["prompts"])
@@ -126,7 +127,7 @@ def describe_stage_1(values_file: Path) -> str:
 
 
 def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float | None:
-    """Return what was spent when the reward first reached the goal, linear between steps."""
+    """Return what was spent when the reward first reached the goal, interpolated between steps."""
     if reward[0] >= goal:
         return spent[0]
     for i in range(1, len(reward)):
@@ -136,13 +137,12 @@ def reach(reward: Sequence[float], spent: Sequence[float], goal: float) -> float
     return None
 
 
-def reward_within(run: Run, what: str, budget: float) -> float | None:
+def reward_within(run: Run, cost: str, budget: float) -> float | None:
     """Return the reward of the last SMOOTHING steps that a budget of tokens or seconds allows.
 
     None if it does not allow one step after stage 1.
     """
-    spent = getattr(run, what)
-    finished = sum(spent_after <= budget for spent_after in spent[1:])
+    finished = sum(spent_after <= budget for spent_after in run.spent[cost][1:])
     if finished == 0:
         return None
     return statistics.mean(run.rewards[max(0, finished - SMOOTHING) : finished])
@@ -150,24 +150,31 @@ def reward_within(run: Run, what: str, budget: float) -> float | None:
 
 def find_budgets(runs: list[Run]) -> dict[str, float]:
     """Return what the cheapest of all runs took, in each of UNITS."""
-    return {what: min(getattr(run, what)[-1] for run in runs) for what in UNITS}
+    return {cost: min(run.spent[cost][-1] for run in runs) for cost in UNITS}
 
 
-def mean_and_error(values: Sequence[float | None]) -> list[float] | None:
-    """Return the mean and its standard error, 0 for a single value; None if one is missing."""
+class Estimate(NamedTuple):
+    """A mean over the seeds; in JSON it is a list of two."""
+
+    mean: float
+    error: float  # its standard error; 0 if there is one seed
+
+
+def mean_and_error(values: Sequence[float | None]) -> Estimate | None:
+    """Estimate the mean; None if a value is missing."""
     if None in values:
         return None
     error = 0.0
     if len(values) > 1:
         error = statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.mean(values), error]
+    return Estimate(statistics.mean(values), error)
 
 
 def sum_up(runs: list[Run], goals: list[float], budgets: dict[str, float]) -> dict:
-    """Sum up the runs of one row. The keys are explained above; `budgets` is by tokens, seconds."""
+    """Sum up the runs of one row, under the keys explained above. `budgets` is by UNITS."""
     row = {
-        "tokens_total": mean_and_error([run.tokens[-1] for run in runs]),
-        "seconds_total": mean_and_error([run.seconds[-1] for run in runs]),
+        "tokens_total": mean_and_error([run.spent["tokens"][-1] for run in runs]),
+        "seconds_total": mean_and_error([run.spent["seconds"][-1] for run in runs]),
         "reward_final": mean_and_error([statistics.mean(run.rewards[-SMOOTHING:]) for run in runs]),
     }
     for k in runs[0].scores.pass_at_k:
@@ -178,13 +185,12 @@ def sum_up(runs: list[Run], goals: list[float], budgets: dict[str, float]) -> di
     row["tokens_to"] = {}
     row["seconds_to"] = {}
     for goal in goals:
-        tokens = [reach(run.smooth_rewards, run.tokens, goal) for run in runs]
-        seconds = [reach(run.smooth_rewards, run.seconds, goal) for run in runs]
-        row["tokens_to"][f"{goal:g}"] = mean_and_error(tokens)
-        row["seconds_to"][f"{goal:g}"] = mean_and_error(seconds)
-    for what, budget in budgets.items():
-        rewards = [reward_within(run, what, budget) for run in runs]
-        row[f"reward_at_equal_{what}"] = mean_and_error(rewards)
+        for cost in UNITS:
+            spent = [reach(run.smooth_rewards, run.spent[cost], goal) for run in runs]
+            row[f"{cost}_to"][f"{goal:g}"] = mean_and_error(spent)
+    for cost, budget in budgets.items():
+        rewards = [reward_within(run, cost, budget) for run in runs]
+        row[f"reward_at_equal_{cost}"] = mean_and_error(rewards)
     return row
 
 
@@ -197,12 +203,12 @@ def make_table(
     """
     lines = ["In the end (mean ± standard error over the seeds)", ""]
     lines += table_of_scores(results, reference)
-    for what in costs:
-        unit = UNITS[what]
-        budget = f"{budgets[what] / unit.size:.3g}"
+    for cost in costs:
+        unit = UNITS[cost]
+        budget = f"{budgets[cost] / unit.size:.3g}"
         title = "stage 1 included: in all, and to each reward (- unless every run reached it)"
         lines += ["", f"{unit.name}, {title};", f"and the reward after {budget} {unit.name}", ""]
-        lines += table_of_costs(results, what, unit.size, f"reward at {budget}")
+        lines += table_of_costs(results, cost, unit.size, f"reward at {budget}")
     return lines
 
 
@@ -223,7 +229,7 @@ def table_of_scores(results: list[dict], reference: Scores) -> list[str]:
         line = f"{row['method']:26} {row['seeds']:5}  {row['learning_rate']:<10.3g}"
         line += f"{row['kl_weight']:<10g}"
         for name in names:
-            line += f"{format_pair(row[name]):>18}"
+            line += f"{format_estimate(row[name]):>18}"
         lines.append(line)
     return lines
 
@@ -237,17 +243,17 @@ def names_in_table(row: dict) -> list[str]:
     return ["reward_final", *names, "kl", *(name for name in row if name.endswith("_other"))]
 
 
-def table_of_costs(results: list[dict], what: str, unit: float, last_column: str) -> list[str]:
+def table_of_costs(results: list[dict], cost: str, unit_size: float, last_title: str) -> list[str]:
     """Write a line for each method: the cost in all and to each goal, and reward at equal cost."""
     header = f"{'method':26}{'total':>18}"
-    for goal in results[0][f"{what}_to"]:
+    for goal in results[0][f"{cost}_to"]:
         header += f"{goal:>18}"
-    lines = [f"{header}{last_column:>18}"]
+    lines = [f"{header}{last_title:>18}"]
     for row in results:
         line = f"{row['method']:26}"
-        for pair in (row[f"{what}_total"], *row[f"{what}_to"].values()):
-            line += f"{format_pair(pair, unit):>18}"
-        lines.append(f"{line}{format_pair(row[f'reward_at_equal_{what}']):>18}")
+        for estimate in (row[f"{cost}_total"], *row[f"{cost}_to"].values()):
+            line += f"{format_estimate(estimate, unit_size):>18}"
+        lines.append(f"{line}{format_estimate(row[f'reward_at_equal_{cost}']):>18}")
     return lines
 
 
@@ -271,12 +277,12 @@ def value_of_reference(name: str, reference: Scores) -> float | None:
     return None
 
 
-def format_pair(pair: list[float] | None, unit: float = 1.0) -> str:
+def format_estimate(estimate: Estimate | None, unit_size: float = 1.0) -> str:
     """Write a mean and its standard error."""
-    if pair is None:
+    if estimate is None:
         return "-"
-    mean = pair[0] / unit
-    error = pair[1] / unit
+    mean = estimate.mean / unit_size
+    error = estimate.error / unit_size
     if mean >= 100:
         return f"{mean:.0f} ± {error:.0f}"
     return f"{mean:.3f} ± {error:.3f}"
@@ -287,21 +293,21 @@ def format_pair(pair: list[float] | None, unit: float = 1.0) -> str:
 
 
 def best_methods(results: list[dict], key: str, goal: str) -> list[str]:
-    """Return the methods that reached a goal with the least, and those not clearly behind.
+    """Return the methods that reached a goal at the least cost, and those not clearly behind.
 
-    A difference of less than two standard errors is none. With fewer than three seeds the errors
-    say nothing, and no method is returned.
+    A difference of less than two standard errors does not count. With fewer than three seeds the
+    errors say nothing, and no method is returned.
     """
-    pairs = {}
+    costs = {}
     for row in results:
         if row[key][goal] is not None:
-            pairs[row["method"]] = row[key][goal]
-    if not pairs or results[0]["seeds"] < 3:
+            costs[row["method"]] = row[key][goal]
+    if not costs or results[0]["seeds"] < 3:
         return []
-    best, error = min(pairs.values())
+    best = min(costs.values())
     names = []
-    for name, (mean, own_error) in sorted(pairs.items(), key=lambda item: item[1]):
-        if mean - best <= 2 * math.hypot(error, own_error):
+    for name, cost in sorted(costs.items(), key=lambda item: item[1]):
+        if cost.mean - best.mean <= 2 * math.hypot(best.error, cost.error):
             names.append(name)
     return names
 
@@ -317,46 +323,52 @@ def draw_comparison(
 
     There is a panel for each of `costs`, which are names of UNITS.
     """
-    size = (2.6 + 2.8 * len(costs), 4)
-    figure, panels = pyplot.subplots(
-        1, len(costs), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, what in zip(panels[0], costs, strict=True):
-        draw_rewards(axes, runs_of, what, UNITS[what].size)
-        x_label = f"{UNITS[what].name}, stage 1 included"
-        finish(axes, title_of(results, what, goal), x_label, "")
-    panels[0][0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
-    name_lines(panels[0][-1], list(runs_of))
+    figure, panels = make_panels(len(costs), width=2.6 + 2.8 * len(costs), height=4)
+    for axes, cost in zip(panels, costs, strict=True):
+        draw_rewards(axes, runs_of, cost)
+        x_label = f"{UNITS[cost].name}, stage 1 included"
+        finish(axes, title_of(results, cost, goal), x_label, "")
+    panels[0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
+    name_lines(panels[-1], list(runs_of))
     save(figure, out)
 
 
-def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], what: str, unit: float) -> None:
-    """Draw one line with its band for each method, against tokens or seconds."""
+def make_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Make a figure with panels side by side, which share their vertical axis."""
+    figure, panels = pyplot.subplots(
+        1, count, figsize=(width, height), sharey=True, squeeze=False, layout="constrained"
+    )
+    return figure, list(panels[0])
+
+
+def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], cost: str) -> None:
+    """Draw one line for each method, with its band if there are several seeds."""
     axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=COLOURS))
     for runs in runs_of.values():
         rewards = numpy.array([run.smooth_rewards for run in runs])
-        spent = numpy.mean([getattr(run, what)[:-1] for run in runs], axis=0) / unit
+        spent = numpy.mean([run.spent[cost][:-1] for run in runs], axis=0) / UNITS[cost].size
         mean = rewards.mean(axis=0)
-        error = rewards.std(axis=0) / math.sqrt(max(1, len(runs) - 1))
         [line] = axes.plot(spent, mean, linewidth=1.5)
-        axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
+        if len(runs) > 1:
+            error = rewards.std(axis=0, ddof=1) / math.sqrt(len(runs))
+            axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15)
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlim(left=0)
 
 
-def title_of(results: list[dict], what: str, goal: str) -> str:
+def title_of(results: list[dict], cost: str, goal: str) -> str:
     """Say in a picture's title which method reached the goal first, and if that is not clear."""
-    best = [label_of(method) for method in best_methods(results, f"{what}_to", goal)]
+    best = [label_of(method) for method in best_methods(results, f"{cost}_to", goal)]
     if len(best) not in (1, 2):
-        return f"Reward by {what}"
-    title = f"Fewest {what} to reward {goal}: {best[0]}"
+        return f"Reward by {cost}"
+    title = f"Fewest {cost} to reward {goal}: {best[0]}"
     if len(best) == 2:
         title += f",\nnot clearly fewer than {best[1]}"
     return title
 
 
 def label_of(method: str) -> str:
-    """Return how a row is called in a picture."""
+    """Return what a row is called in a picture."""
     return LABELS.get(method, method)
 
 
@@ -376,42 +388,42 @@ def name_lines(axes: Axes, methods: list[str]) -> None:
 
 def draw_costs(runs_of: dict[str, list[Run]], costs: Sequence[str], out: Path) -> None:
     """Draw what a run of each method costs, as a bar whose hatched part is stage 1."""
-    size = (2.0 + 3.1 * len(costs), 0.8 + 0.3 * len(runs_of))
-    figure, panels = pyplot.subplots(
-        1, len(costs), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
     names = [label_of(method) for method in runs_of]
-    for axes, what in zip(panels[0], costs, strict=True):
-        unit = UNITS[what]
-        totals = [statistics.mean(getattr(run, what)[-1] for run in r) for r in runs_of.values()]
-        firsts = [statistics.mean(getattr(run, what)[0] for run in r) for r in runs_of.values()]
-        axes.barh(names, numpy.array(totals) / unit.size, color=COLOURS[0])
+    width = 2.0 + 3.1 * len(costs)
+    figure, panels = make_panels(len(costs), width, height=0.8 + 0.3 * len(names))
+    for axes, cost in zip(panels, costs, strict=True):
+        unit = UNITS[cost]
+        totals = []
+        stage_1 = []
+        for runs in runs_of.values():
+            totals.append(statistics.mean(run.spent[cost][-1] for run in runs) / unit.size)
+            stage_1.append(statistics.mean(run.spent[cost][0] for run in runs) / unit.size)
+        axes.barh(names, totals, color=COLOURS[0])
         axes.barh(
-            names,
-            numpy.array(firsts) / unit.size,
-            color="white",
-            edgecolor=COLOURS[0],
-            hatch="////",
-            label="stage 1",
+            names, stage_1, color="white", edgecolor=COLOURS[0], hatch="////", label="stage 1"
         )
-        finish(axes, title_of_costs(names, totals, what), f"{unit.name} of one run", "")
-    panels[0][0].invert_yaxis()  # the first method on top
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", fontsize=8)
+        finish(axes, title_of_costs(names, totals, cost), f"{unit.name} of one run", "")
+    panels[0].invert_yaxis()  # the first method on top
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8)
     save(figure, out)
 
 
-def title_of_costs(names: list[str], totals: list[float], what: str) -> str:
+def title_of_costs(names: list[str], totals: list[float], cost: str) -> str:
     """Say in a picture's title which method costs the most, and which the least."""
     most = names[totals.index(max(totals))]
     least = names[totals.index(min(totals))]
-    return f"{what.capitalize()}: most with {most},\nfewest with {least}"
+    return f"{cost.capitalize()}: most with {most},\nfewest with {least}"
 
 
 def draw_off_policy(results: list[dict], out: Path) -> None:
     """Draw the final reward against how old the data is in an update, for V*, the mean and 0."""
     rows = {row["method"]: row for row in results}
-    ticks = {"updates_1": "1 update", "updates_4": "4 updates", "updates_16": "16 updates"}
-    ticks["replay"] = "replay of\n4 rollouts"
+    ticks = {
+        "updates_1": "1 update",
+        "updates_4": "4 updates",
+        "updates_16": "16 updates",
+        "replay": "replay of\n4 rollouts",
+    }
     figure, axes = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
     labels = []
     at_replay = {}
@@ -422,10 +434,10 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         means = []
         errors = []
         for number, data in enumerate(ticks):
-            mean, error = rows[f"{data}_{baseline}"]["reward_final"]
+            reward = rows[f"{data}_{baseline}"]["reward_final"]
             places.append(number + 0.06 * (shift - 1))
-            means.append(mean)
-            errors.append(error)
+            means.append(reward.mean)
+            errors.append(reward.error)
         colour = COLOURS[shift]
         bars = errors if any(errors) else None  # one run has no error
         axes.errorbar(places, means, bars, marker="o", markersize=4, capsize=3, color=colour)
@@ -434,7 +446,7 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
     best = max(at_replay, key=at_replay.get)
     axes.set_xticks(range(len(ticks)), ticks.values())
     note = "bar: ± 1 s.e." if any(errors) else "one run each"
-    title = f"With replay, {best} in V*'s place ends highest"
+    title = f"With replay, A*-PO ends highest with {best}"
     finish(axes, title, "updates on each rollout", f"reward at the end ({note})")
     label_lines(axes, labels)
     save(figure, out)

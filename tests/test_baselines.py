@@ -672,22 +672,27 @@ def test_reach_is_linear_between_steps():
 
 
 def test_mean_and_error():
-    assert compare_results.mean_and_error([1.0, 2.0, 6.0]) == pytest.approx([3, math.sqrt(7 / 3)])
-    assert compare_results.mean_and_error([2.0]) == [2, 0]
+    mean, error = compare_results.mean_and_error([1.0, 2.0, 6.0])
+    assert mean == 3 and error == pytest.approx(math.sqrt(7 / 3))
+    assert compare_results.mean_and_error([2.0]) == (2, 0)
     assert compare_results.mean_and_error([1.0, None]) is None
 
 
 def test_a_difference_of_less_than_two_standard_errors_is_none():
-    rows = [("a", [10.0, 1.0]), ("b", [12.0, 1.0]), ("c", [13.0, 1.0]), ("d", None)]
-    results = [{"method": name, "seeds": 3, "tokens_to": {"0.5": pair}} for name, pair in rows]
+    results = []
+    for name, mean in (("a", 10.0), ("b", 12.0), ("c", 13.0), ("d", None)):
+        tokens = None if mean is None else compare_results.Estimate(mean, 1.0)
+        results.append({"method": name, "seeds": 3, "tokens_to": {"0.5": tokens}})
     assert compare_results.best_methods(results, "tokens_to", "0.5") == ["a", "b"]
     assert compare_results.best_methods(results[3:], "tokens_to", "0.5") == []
 
 
 def test_the_hatched_part_of_a_bar_is_stage_1(tmp_path, monkeypatch):
     scores = compare_results.Scores({"1": 0.5}, {})
-    cheap = compare_results.Run([0.5], [1e6, 3e6], [10.0, 40.0], 0.0, scores)
-    dear = compare_results.Run([0.5], [0.0, 4e6], [0.0, 90.0], 0.0, scores)
+    spent = {"tokens": [1e6, 3e6], "seconds": [10.0, 40.0]}
+    cheap = compare_results.Run([0.5], spent, 0.0, scores)
+    spent = {"tokens": [0.0, 4e6], "seconds": [0.0, 90.0]}
+    dear = compare_results.Run([0.5], spent, 0.0, scores)
     drawn = []
     monkeypatch.setattr(compare_results.pyplot, "close", drawn.append)
     runs_of = {"ppo": [dear, dear], "a_star_po_n8": [cheap]}
@@ -699,7 +704,8 @@ def test_the_hatched_part_of_a_bar_is_stage_1(tmp_path, monkeypatch):
 
 
 def test_off_policy_data_is_drawn(tmp_path):
-    results = [{"method": s.method, "reward_final": [0.3, 0.01]} for s in compare.OFF_POLICY]
+    reward = compare_results.Estimate(0.3, 0.01)
+    results = [{"method": s.method, "reward_final": reward} for s in compare.OFF_POLICY]
     compare_results.draw_off_policy(results, tmp_path / "off-policy.png")
     assert (tmp_path / "off-policy.png").stat().st_size > 10_000
 
@@ -733,15 +739,16 @@ def test_a_finished_job_is_kept(tmp_path):
 def test_rows_differ_in_what_they_run():
     for settings in compare.ROWS.values():
         assert len({setting.method for setting in settings}) == len(settings)
-        commands = {setting._replace(method="", tuned_as="") for setting in settings}
+        commands = {setting._replace(method="", tuned_as=None) for setting in settings}
         assert len(commands) == len(settings)
         # Each row is tuned, by itself or as another one.
-        assert {setting.tuned_as for setting in settings} <= set(compare.KL_WEIGHTS)
+        tuned_rows = {setting.method for setting in compare.COMPARISON}
+        assert {setting.tuned_row for setting in settings} <= tuned_rows
     # compare.json has these; one of your own may come on top.
     names = "a_star_po_n8 a_star_po_n2 a_star_po_n1 mean zero running grpo_8 grpo_4 rebel ppo"
     methods = [setting.method for setting in compare.COMPARISON]
     assert methods[: len(names.split())] == names.split()
-    assert all(setting.tuned_as == setting.method for setting in compare.COMPARISON)
+    assert all(setting.tuned_row == setting.method for setting in compare.COMPARISON)
 
 
 def test_a_task_of_ones_own_runs_through_its_module():
@@ -753,8 +760,8 @@ def test_a_task_of_ones_own_runs_through_its_module():
     command = compare.stage_command(theirs, grpo)
     assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
     assert compare.stage_command(ours, "process")[:2] == ["-m", "experiments.process"]
-    for settings in (compare.COMPARISON, compare.CONTROLS, compare.ABLATIONS, compare.OFF_POLICY):
-        for setting in settings:
+    for name in ("compare", "controls", "ablations", "off-policy"):
+        for setting in compare.ROWS[name]:
             assert setting.command.split()[0] in countdown.STAGES
 
 
