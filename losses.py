@@ -40,9 +40,9 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     if beta1 == math.inf:
         v_star = r.mean(dim=1)
     else:
-        # With the best reward m taken out, V* = m + beta1 ln(mean(exp((r - m) / beta1))): no
-        # exponent is above 0, so nothing overflows. expm1 and log1p keep the digits of a large
-        # beta1, where the mean is nearly 1.
+        # With the best reward taken out, V* = best + beta1 ln(mean(exp((r - best) / beta1))). No
+        # exponent is above 0, so nothing overflows. For a large beta1 the mean is nearly 1, and
+        # expm1 and log1p keep its digits.
         best = r.amax(dim=1, keepdim=True)
         mean_excess = torch.expm1((r - best) / beta1).mean(dim=1)
         v_star = best[:, 0] + beta1 * torch.log1p(mean_excess)
@@ -102,8 +102,8 @@ def token_logprob(
 class _Float32Product(torch.autograd.Function):
     """hidden weight^T in float32, also for bf16 operands: (R, D), (V, D) -> (R, V).
 
-    A bf16 logit has 8 significant bits, so it is off by up to 0.2 %, and ln pi(y|x) sums hundreds.
-    torch.mm with out_dtype has no backward pass, so it is written here. Gradients are
+    A bf16 logit has 8 significant bits, so it is off by up to 0.2 %, and ln pi(y|x) is a sum of
+    hundreds. torch.mm with out_dtype has no backward pass, so we write our own. Gradients are
     multiplied in the dtype of the operands, as in any bf16 layer.
     """
 
@@ -174,10 +174,11 @@ def a_star_po_loss(
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Return the chance that k of the n samples, drawn without replacement, hold a correct one.
+    """Return the chance that k of n samples, drawn without replacement, include a correct one.
 
-    1 - C(n-c, k) / C(n, k), the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374),
-    in exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    With n = num_samples and c = num_correct it is 1 - C(n-c, k) / C(n, k), in exact integers: the
+    unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374). Raises ValueError unless
+    0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct {num_correct} is not between 0 and {num_samples}")

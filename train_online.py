@@ -75,23 +75,24 @@ EXAMPLES = """examples:
 
 
 class Algorithm(NamedTuple):
-    """What makes an algorithm out of the loop below.
+    """The parts of an algorithm that the loop below leaves open.
 
     `a_star_po` is the one of the paper, and needs only a loss: V* is in MicroBatch.numbers for
     every algorithm. experiments/baselines.py has others, and shows what each needs beside its loss.
-    Add yours next to `a_star_po`, which baselines.py and the tests use too. What you need from
-    baselines.py you must move here, since that file imports this one.
+    To try your own, write it below `a_star_po`. Leave that one as it is, since baselines.py and the
+    tests use it. Move here whatever you need from baselines.py, since that file imports this one.
+    To compare yours with the others, write it in baselines.py instead (experiments/README.md).
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
     # statistics by name, (B,) each. The update minimises the mean over all sequences; `token_mean`
-    # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported of a
-    # step's first update alone: there the policy is still the one that sampled. A name that is
-    # taken, such as "reward" or "adv", is refused.
+    # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported for
+    # the first update of a step only, because there the policy is still the one that sampled. A
+    # name that is taken, such as "reward" or "adv", is refused.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
-    # MicroBatch.numbers under the same name. In the list, the responses of a prompt follow each
-    # other, --samples-per-prompt of them.
+    # MicroBatch.numbers under the same name. The list holds the --samples-per-prompt responses to
+    # the first prompt, then those to the second, and so on.
     credit: Callable[[list[Response]], None] | None = None
     # Is called with the policy and the list of the step's updates, before the first of them moves
     # the weights. It may put what it computes into MicroBatch.extra, and add updates to the list.
@@ -99,9 +100,9 @@ class Algorithm(NamedTuple):
     # Keep this many consecutive responses in one micro-batch, for a loss that compares them. A
     # method that compares them in `credit`, such as GRPO, leaves it at 1.
     group_size: int = 1
-    # Whether each response gets the sampler's log-probs, for a loss that corrects for the sampler:
-    # it finds them in MicroBatch.sampler_logp. Otherwise only those of the first update get them.
-    # That is enough to measure logprob_gap, and sampling is faster.
+    # True: every response keeps the sampler's log-probs, in MicroBatch.sampler_logp, for a loss
+    # that corrects for the sampler. False: only the responses of the first update do. That is
+    # enough for logprob_gap, and sampling is faster.
     all_sampler_logp: bool = False
 
 
@@ -125,7 +126,7 @@ def a_star_po(beta2: float) -> Algorithm:
 
 
 # What `update` reports beside the statistics of the loss function.
-OF_UPDATE = {"loss", "grad_norm", "logprob_gap", "kl_per_token"}
+RESERVED_NAMES = {"loss", "grad_norm", "logprob_gap", "kl_per_token"}
 
 
 def update(
@@ -140,7 +141,7 @@ def update(
     `updates` has the micro-batches of each update. `policy` may be any module that takes a
     micro-batch's inputs and is sharded (`shard` in policy.py), such as a critic: the loss function
     gets what it returns. A gradient whose norm is above `max_grad_norm` is scaled down to it.
-    Returned are
+    Returns:
 
     - "loss" and "grad_norm" (before clipping): means over the updates;
     - each statistic of the loss function: its mean over the sequences;
@@ -157,8 +158,9 @@ def update(
         for batch in batches:
             output = policy(**batch.inputs)
             sequence_losses, statistics = loss_function(batch, output)
-            if not OF_UPDATE.isdisjoint(statistics):
-                raise ValueError(f"a statistic has a name of {OF_UPDATE}")
+            taken = RESERVED_NAMES & statistics.keys()
+            if taken:
+                raise ValueError(f"`update` itself reports {sorted(taken)}: rename the statistic")
             # The mean over all sequences of the update, whatever the split into micro-batches. A
             # micro-batch has weight 0 if it only keeps this rank in step with the others.
             loss = batch.weight * sequence_losses.sum() / batch.num_sequences
@@ -166,7 +168,7 @@ def update(
             # where the sum of the parts is wanted.
             (loss * dist.get_world_size()).backward()
             sums["loss"] += loss.detach() / len(updates)
-            # For the sums and the names below, and for samples.jsonl.
+            # Kept for `add_sums`, for the last lines of this function, and for samples.jsonl.
             batch.statistics = {name: x.detach() for name, x in statistics.items()}
             if number == 0:
                 add_sums(sums, batch, output.detach())
@@ -469,6 +471,7 @@ def check_metrics(metrics: dict[str, Any], temperature: float) -> None:
         )
     # Dividing logits by a small temperature makes every difference larger.
     largest_gap = LARGEST_GAP / min(1.0, temperature)
+    # `not <=` also catches NaN.
     if not metrics.get("logprob_gap", 0.0) <= largest_gap:
         raise UserError(
             f"step {metrics['step']}: logprob_gap {metrics['logprob_gap']:.3g} is over "
@@ -533,8 +536,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         load_format="dummy",
         **memory,
     )
-    asked = data.prompts + data.eval_prompts
-    problems.check_prompts(asked, engine.vocabulary_size(llm), llm.get_tokenizer())
+    all_prompts = data.prompts + data.eval_prompts
+    problems.check_prompts(all_prompts, engine.vocabulary_size(llm), llm.get_tokenizer())
 
     policy, ref = load_models(args, reference, progress.checkpoint)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -700,11 +703,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", default="runs/math", help="folder of the run")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     add("--save-every", type=positive_integer, default=50, help="steps between checkpoints")
-    add("--keep-checkpoints", type=positive_integer, default=2, help="how many to keep, the newest")
+    add("--keep-checkpoints", type=positive_integer, default=2, help="the newest ones stay")
     add(
         "--eval-dataset",
-        help="measure greedy accuracy on this set while training; none switches it off; by default "
-        "the test set of the training set, as apo/problems.py has it, and none for a file",
+        help="measure greedy accuracy on this set while training; none switches it off; default: "
+        "the test set that apo/problems.py names for the training set, and none if that is a file",
     )
     add("--eval-every", type=positive_integer, default=50, help="steps between evaluations")
     add("--log-samples", type=whole_number, default=8, help="responses a step in samples.jsonl")

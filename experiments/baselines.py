@@ -3,9 +3,9 @@ r"""GRPO, REBEL and PPO on train_online.py's own loop, to compare A*-PO with.
 Question: what does another algorithm change in the training loop?
 Command:  python -m experiments.baselines --method grpo --values toy/values.json --lr 1e-4 \
               --batch-size 16 --num-steps 50 --eval-dataset toy/test.jsonl --out runs/grpo
-          With 8 responses to each of 16 prompts, a step has as many as the demo's. On MATH it is
-          --values values/math.json --batch-size 32. The flags are train_online.py's. --beta2 is for
-          `running` and `replay`, --beta1 for `replay` alone.
+          With 8 responses to each of 16 prompts, a step has as many responses as one of the demo.
+          On MATH, use --values values/math.json --batch-size 32. All flags of train_online.py work.
+          --beta2 is for `running` and `replay`, --beta1 for `replay` alone.
 Time:     that of train_online.py for as many responses. PPO trains a second model, its critic.
 Output:   a run folder like that of train_online.py. Prompts come from the values file.
 Answer:   a loss of a few lines, and what that loss needs. The loop stays the same.
@@ -20,13 +20,15 @@ PPO               1  a critic's value        the reward     the ratio       toke
 pi_t is the policy that sampled. `running` is A*-PO without stage 1: a running mean of each prompt's
 online rewards takes the place of V*. `replay` is A*-PO that uses each rollout in four steps.
 
-All but `replay` make one pass over a rollout in --updates-per-batch updates. All clip gradients at
---max-grad-norm and use AdamW, as A*-PO does. The names and defaults are TRL's (verl's PPO has
-lambda = 1 and clips values at 0.5), with these differences:
+All clip gradients at --max-grad-norm and use AdamW, as A*-PO does. The defaults are TRL's, except
+for these (verl's PPO has lambda = 1 and clips values at 0.5):
 
-- One pass over each rollout, where TRL's PPO and REBEL's authors make four.
-- GRPO's KL term is the published one, with weight 0.04. TRL 1.16 has 0. (--kl-weight)
-- PPO's critic has an optimizer of its own, so there is no vf_coef.
+- All but `replay` make one pass over a rollout, in --updates-per-batch updates. TRL's PPO and
+  REBEL's authors make four passes.
+- GRPO's KL term has the published weight, 0.04. TRL 1.16 has 0. --kl-weight changes it.
+- PPO's critic has its own optimizer, so there is no vf_coef. Its learning rate is ten times --lr,
+  as in verl.
+- REBEL's eta is 1, as in its authors' code.
 
 ln pi_t is computed by the trainer, not by the engine.
 """
@@ -50,18 +52,18 @@ from apo.files import UserError
 from apo.policy import DEVICE, MicroBatch, Policy, load_lm, reshard, shard
 from train_online import Algorithm, TrainingData
 
-EPSILON = 0.2  # GRPO's clip range
+GRPO_CLIP_RATIO = 0.2
 GRPO_KL_WEIGHT = 0.04  # of k3 in the loss of each token (DeepSeekMath, section 4.2)
 ETA = 1.0  # REBEL's step size (the authors' default on TL;DR)
 GAMMA = 1.0  # PPO's discount
 LAMBDA = 0.95  # PPO's lambda of GAE
-CLIP_RATIO = 0.2  # PPO's clip range of the ratio
-CLIP_VALUE = 0.2  # PPO's clip range of the value
-KL_WEIGHT = 0.05  # PPO and REBEL: of -ln(pi_t / pi_ref) in the reward, as in TRL and REBEL
+PPO_CLIP_RATIO = 0.2
+PPO_CLIP_VALUE = 0.2
+REWARD_KL_WEIGHT = 0.05  # PPO and REBEL: of -ln(pi_t / pi_ref) in the reward, as in TRL
 CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
-REPLAYED = 4  # `replay`: how often a rollout is used
-MEMORY = 0.9  # `running`: weight of earlier steps in the mean of all rewards
-MEMORY_OF_PROMPT = 0.8  # the same in the mean of a prompt, which is seen once an epoch
+USES_OF_ROLLOUT = 4  # `replay`: the number of steps that use a rollout
+DECAY_OF_ALL = 0.9  # `running`: weight of the past in the mean of all rewards, at each step
+DECAY_OF_PROMPT = 0.8  # the same in a prompt's mean, at each response to it
 
 # ---------------------------------------------------------------------------------------------
 # The losses, not yet averaged. R response tokens, B sequences, P prompts, N responses per prompt
@@ -99,7 +101,7 @@ def grpo_loss(
     """
     check_shapes(logp, old_logp, ref_logp, advantages)
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
-    return ppo_loss(logp, old_logp, advantages, EPSILON) + kl_weight * k3
+    return ppo_loss(logp, old_logp, advantages, GRPO_CLIP_RATIO) + kl_weight * k3
 
 
 def rebel_loss(logratio: Tensor, rewards: Tensor, eta: float = ETA) -> Tensor:
@@ -117,7 +119,7 @@ def rebel_loss(logratio: Tensor, rewards: Tensor, eta: float = ETA) -> Tensor:
 
 
 def ppo_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_ratio: float = CLIP_RATIO
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_ratio: float = PPO_CLIP_RATIO
 ) -> Tensor:
     """Return -min(w A, clip(w, 1 - clip_ratio, 1 + clip_ratio) A) of each token; all (R,).
 
@@ -132,11 +134,11 @@ def ppo_loss(
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
     """Return half of max((v - G)^2, (clipped v - G)^2) of each token, G its return; all (R,).
 
-    v is clipped to old_values ± CLIP_VALUE. This is not in the PPO paper, but in its code and in
-    TRL.
+    v is clipped to old_values ± PPO_CLIP_VALUE. This is not in the PPO paper, but in its code and
+    in TRL.
     """
     check_shapes(values, old_values, returns)
-    clipped = old_values + (values - old_values).clamp(-CLIP_VALUE, CLIP_VALUE)
+    clipped = old_values + (values - old_values).clamp(-PPO_CLIP_VALUE, PPO_CLIP_VALUE)
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
@@ -145,7 +147,7 @@ def token_rewards(
     old_logp: Tensor,
     ref_logp: Tensor,
     lengths: Tensor,
-    kl_weight: float = KL_WEIGHT,
+    kl_weight: float = REWARD_KL_WEIGHT,
 ) -> Tensor:
     """PPO's reward of each token: -kl_weight ln(pi_t / pi_ref), plus r at the last token.
 
@@ -172,8 +174,8 @@ def gae(
     if lengths.sum() != len(values):
         raise ValueError(f"lengths {lengths.tolist()} for tokens {tuple(values.shape)}")
     # Padded to (B, longest) with zeros, so that one loop over tokens serves all responses.
-    is_token = torch.arange(int(lengths.max())) < lengths.cpu()[:, None]
-    is_token = is_token.to(values.device)
+    is_token = torch.arange(int(lengths.max())) < lengths[:, None]
+    is_token = is_token.to(values.device)  # `lengths` is on the CPU
     r = values.new_zeros(is_token.shape)
     v = values.new_zeros(is_token.shape)
     r[is_token] = rewards
@@ -217,9 +219,9 @@ def logratio_to_ref(batch: MicroBatch, token_logp: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def add_old_logp(policy: Policy, updates: list[list[MicroBatch]]) -> None:
-    """Give the micro-batches ln pi_t, from before the step's updates.
+    """Store ln pi_t of the second and later updates, before the first one moves the weights.
 
-    Those of the first update need none: their own forward pass comes before any update.
+    The first update needs none: its own forward pass gives ln pi_t.
     """
     for batches in updates[1:]:
         for batch in batches:
@@ -276,7 +278,8 @@ def rebel(args: argparse.Namespace, data: TrainingData) -> Algorithm:
 def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
     """A*-PO with a running mean of each prompt's rewards in place of V*: no stage 1 is needed.
 
-    A prompt's mean starts at the running mean of all rewards, when the prompt is first sampled.
+    A prompt's mean starts at the running mean of all rewards so far. In the first step there is
+    none yet, so the mean of that step's own rewards stands in for it.
     """
     mean_of_all = None
     mean_of_prompt = {}  # by the prompt's id
@@ -291,10 +294,11 @@ def running(args: argparse.Namespace, data: TrainingData) -> Algorithm:
             response.numbers["v_star"] = mean_of_prompt[response.prompt.row["id"]]
         # A second loop: the responses to one prompt must not see each other's rewards.
         for response in responses:
-            name = response.prompt.row["id"]
-            old = MEMORY_OF_PROMPT * mean_of_prompt[name]
-            mean_of_prompt[name] = old + (1 - MEMORY_OF_PROMPT) * response.reward
-        mean_of_all = MEMORY * mean_of_all + (1 - MEMORY) * step_mean
+            prompt_id = response.prompt.row["id"]
+            old_mean = mean_of_prompt[prompt_id]
+            new_mean = DECAY_OF_PROMPT * old_mean + (1 - DECAY_OF_PROMPT) * response.reward
+            mean_of_prompt[prompt_id] = new_mean
+        mean_of_all = DECAY_OF_ALL * mean_of_all + (1 - DECAY_OF_ALL) * step_mean
 
     return train_online.a_star_po(args.beta2)._replace(credit=credit)
 
@@ -305,11 +309,11 @@ def replay(args: argparse.Namespace, data: TrainingData) -> Algorithm:
     It shows what V* does for off-policy data. Nothing else is needed: the loss has no ratio to the
     policy that sampled, and ln pi_ref of a response stays what it is.
     """
-    old_updates = collections.deque(maxlen=(REPLAYED - 1) * args.updates_per_batch)
+    old_updates = collections.deque(maxlen=(USES_OF_ROLLOUT - 1) * args.updates_per_batch)
 
     def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
         new_updates = list(updates)
-        # `train` descends this very list, so the old ones are used after the new ones.
+        # `update` runs through this list in order: first the new updates, then the old ones.
         updates.extend(old_updates)
         old_updates.extend(new_updates)
 
@@ -366,8 +370,9 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
     critic = None
     optimizer = None
 
-    def critic_loss(batch: MicroBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        token_losses = value_loss(values, batch.extra["old_values"], batch.extra["returns"])
+    def critic_loss(batch: MicroBatch, critic_values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        old_values = batch.extra["old_values"]
+        token_losses = value_loss(critic_values, old_values, batch.extra["returns"])
         return token_mean(token_losses, batch), {}
 
     def prepare(policy: Policy, updates: list[list[MicroBatch]]) -> None:
@@ -375,7 +380,9 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         if critic is None:
             # Only now: on a GPU the engine must start before any of the trainer's models.
             folder = files.model_folder(data.values.header["model"])
-            reshard(policy)  # with adapters it was also the reference: its weights are gathered
+            # With adapters the policy has just been called as the reference, which left its full
+            # weights gathered. Free them before the critic is loaded.
+            reshard(policy)
             mesh = next(policy.parameters()).device_mesh
             critic = load_critic(folder, mesh, args.gradient_checkpointing)
             optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
@@ -384,13 +391,15 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
         with torch.no_grad():
             for batch in all_batches:
                 old_logp = policy(**batch.inputs)
-                values = critic(**batch.inputs)
+                critic_values = critic(**batch.inputs)
                 rewards = token_rewards(
                     batch.rewards, old_logp, batch.ref_logp, batch.lengths, args.kl_weight
                 )
-                advantages, returns = gae(rewards, values, batch.lengths, lam=args.gae_lambda)
+                advantages, returns = gae(
+                    rewards, critic_values, batch.lengths, lam=args.gae_lambda
+                )
                 batch.extra["old_logp"] = old_logp
-                batch.extra["old_values"] = values
+                batch.extra["old_values"] = critic_values
                 batch.extra["advantages"] = advantages
                 batch.extra["returns"] = returns
         whiten(all_batches)
@@ -420,8 +429,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "grpo": Method(grpo, samples_per_prompt=8, kl_weight=GRPO_KL_WEIGHT),
-    "rebel": Method(rebel, samples_per_prompt=2, kl_weight=KL_WEIGHT),
-    "ppo": Method(ppo, samples_per_prompt=1, kl_weight=KL_WEIGHT, can_resume=False),
+    "rebel": Method(rebel, samples_per_prompt=2, kl_weight=REWARD_KL_WEIGHT),
+    "ppo": Method(ppo, samples_per_prompt=1, kl_weight=REWARD_KL_WEIGHT, can_resume=False),
     "running": Method(running, samples_per_prompt=1, kl_weight=None, can_resume=False),
     "replay": Method(replay, samples_per_prompt=1, kl_weight=None, can_resume=False),
 }
@@ -433,7 +442,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.description = __doc__.splitlines()[0]
     parser.epilog = None
     group = parser.add_argument_group("baseline")
-    group.add_argument("--method", choices=METHODS, required=True, help="what to train with")
+    group.add_argument("--method", choices=METHODS, required=True, help="the algorithm")
     group.add_argument(
         "--kl-weight",
         type=float,
