@@ -18,10 +18,10 @@ Answer:   for each method the tokens and the seconds to each goal, stage 1 inclu
 All methods sample the same number of responses in a step, so a row with 8 responses per prompt has
 an eighth of the prompts. Each row of the comparison has its own learning rate and weight of the KL
 term. Four runs try two rates with two weights. If the best rate is the lowest or the highest of
-these, a fifth run tries half or twice that rate. The run with the highest mean reward wins. The
-seed of these runs is used for nothing else. The other tables take rate and weight from the row that
-`tuned_as` names. With a single one in --rates nothing is tuned, and the weight is the published
-one. With --tuned, rate and weight come from an earlier comparison.
+these, a fifth run tries half or twice that rate. The run that ends with the highest reward wins.
+The seed of these runs is used for nothing else. The other tables take rate and weight from the row
+that `tuned_as` names. With a single one in --rates nothing is tuned, and the weight is the
+published one. With --tuned, rate and weight come from an earlier comparison.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -111,10 +111,15 @@ class Tuned(NamedTuple):
 
 
 class TuningReward(NamedTuple):
-    """The reward of a tuning run. The run with the highest mean is chosen."""
+    """The reward of a tuning run."""
 
     mean: float  # over the run
     end: float  # over its last SMOOTHING steps: near 0 if it has collapsed
+
+
+def best_of(rewards: dict[Tuned, TuningReward]) -> Tuned:
+    """Choose what ends highest. The highest mean may belong to a fast start before a collapse."""
+    return max(rewards, key=lambda tuned: rewards[tuned].end)
 
 
 BASELINE = "baselines --method"
@@ -460,7 +465,7 @@ def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], 
     rewards = run_candidates(args, candidates)
     candidates = []
     for name in names:
-        best = max(rewards[name], key=rewards[name].get)
+        best = best_of(rewards[name])
         if best.rate == min(args.rates):
             candidates.append((name, best._replace(rate=best.rate / 2)))
         elif best.rate == max(args.rates):
@@ -471,7 +476,7 @@ def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], 
     chosen = {}
     lines = []
     for name in names:
-        chosen[name] = max(rewards[name], key=rewards[name].get)
+        chosen[name] = best_of(rewards[name])
         for tuned, reward in sorted(rewards[name].items()):
             pair = f"rate {tuned.rate:<8.3g}  KL weight {tuned.kl_weight:<6g}"
             mark = "  chosen" if tuned == chosen[name] else ""

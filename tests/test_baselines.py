@@ -785,6 +785,9 @@ def fake_job(job: compare.Job) -> None:
             reward = 0.4 + 0.1 * step - abs(float(flags["--lr"]) - best_rate)
             if flags.get("--beta2") == "0.001" or flags.get("--kl-weight") == "0.05":
                 reward -= 0.001
+            # This run has the highest mean, but collapses.
+            if flags.get("--beta2") == "0.001" and flags["--lr"] == "0.001":
+                reward = 9.0 if step == 1 else 0.0
             metrics = {"reward": reward, "response_tokens": 5.0, "logratio": 0.25}
             metrics["seconds_total"] = 1.0 + int(flags["--seed"])
             lines.append(json.dumps(metrics))
