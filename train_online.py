@@ -634,21 +634,8 @@ def check(args: argparse.Namespace) -> TrainingData:
     values = load_values(args.values)
     if args.beta1 is None:
         args.beta1 = values.header["beta1"]
-    # Eq. (1), again from the raw rewards. The file's own V* is for people to read.
-    v_star = {}
-    for entry in values.entries:
-        rewards = torch.tensor([entry["rewards"]], dtype=torch.float64)
-        v_star[entry["id"]] = losses.optimal_value(rewards, args.beta1).item()
-
-    entries = values.entries
-    if args.filter_unsolved:
-        entries = [entry for entry in entries if max(entry["rewards"]) > 0]
-    if len(entries) < args.batch_size:
-        solved = " that the reference solved" if args.filter_unsolved else ""
-        raise UserError(
-            f"{args.values} has {len(entries)} prompts{solved}, fewer than --batch-size "
-            f"{args.batch_size}"
-        )
+    v_star = compute_v_star(values, args.beta1)
+    entries = choose_entries(values, args)
     if args.eval_dataset is None:
         args.eval_dataset = default_eval_dataset(values.header["dataset"])
     eval_rows = []
@@ -669,6 +656,29 @@ def check(args: argparse.Namespace) -> TrainingData:
     if cut is not None:
         notes.append(cut)
     return TrainingData(values, entries, v_star, prompts, eval_rows, eval_prompts, notes)
+
+
+def compute_v_star(values: Values, beta1: float) -> dict[str, float]:
+    """Compute eq. (1) by prompt id, from the raw rewards: the V* in the file is for people to read."""
+    v_star = {}
+    for entry in values.entries:
+        rewards = torch.tensor([entry["rewards"]], dtype=torch.float64)
+        v_star[entry["id"]] = losses.optimal_value(rewards, beta1).item()
+    return v_star
+
+
+def choose_entries(values: Values, args: argparse.Namespace) -> list[dict]:
+    """Return the prompts that are trained on; UserError if they do not fill a batch."""
+    entries = values.entries
+    if args.filter_unsolved:
+        entries = [entry for entry in entries if max(entry["rewards"]) > 0]
+    if len(entries) < args.batch_size:
+        solved = " that the reference solved" if args.filter_unsolved else ""
+        raise UserError(
+            f"{args.values} has {len(entries)} prompts{solved}, fewer than --batch-size "
+            f"{args.batch_size}"
+        )
+    return entries
 
 
 def make_eval_prompts(rows: list[dict], values: Values, tokenizer: Any) -> list[Prompt]:
