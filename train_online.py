@@ -659,7 +659,7 @@ def check(args: argparse.Namespace) -> TrainingData:
 
 
 def compute_v_star(values: Values, beta1: float) -> dict[str, float]:
-    """Compute eq. (1) by prompt id, from the raw rewards: the V* in the file is for people to read."""
+    """Compute eq. (1) by prompt id, from the raw rewards. The V* of the file is for readers."""
     v_star = {}
     for entry in values.entries:
         rewards = torch.tensor([entry["rewards"]], dtype=torch.float64)
