@@ -547,7 +547,7 @@ def test_a_statistic_hides_no_metric(one_machine: None, reference: Path, name: s
         sequence_losses, _ = loss_with_statistics(batch, token_logp)
         return sequence_losses, {name: sequence_losses}
 
-    with pytest.raises(ValueError, match=f"a statistic has a name of .*{name}"):
+    with pytest.raises(ValueError, match=f"'{name}'"):
         train_online.update(loaded, optimizer, make_updates(1000), loss)
     metrics = {"reward": 1.0}
     with pytest.raises(ValueError, match="two metrics have the same name: reward"):
