@@ -189,10 +189,11 @@ OFF_POLICY = [
     *off_policy_settings("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
 ]
 # Why do the methods differ? Against V* the advantages sum to less than 0, against the mean reward
-# to about 0, and against 0 to more.
-# Clipping at norm 1 did not act on A*-PO in the one run whose norm was logged, because the gradient
-# is proportional to beta2. The limit 0.003 is about half of the norm in early steps at beta2 =
-# 0.001. GRPO's norm was not logged, and its limit is a guess. PPO's lambda is 1 in verl.
+# to about 0, and against 0 to more. The rows of A*-PO have the rate and the KL weight of `mean`, so
+# that nothing but V* and clipping differs.
+# The gradient of A*-PO is proportional to beta2, so that clipping at norm 1 acts only when a run
+# has already collapsed. Half of the norm in early steps is about 0.003 at beta2 = 0.001, and 0.05
+# for GRPO. PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 A_STAR_PO_CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),
@@ -217,7 +218,7 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
-    "controls": [*as_tuned_for("a_star_po_n8", A_STAR_PO_CONTROLS), GRPO_CLIPPED, PPO_LAMBDA_1],
+    "controls": [*as_tuned_for("mean", A_STAR_PO_CONTROLS), GRPO_CLIPPED, PPO_LAMBDA_1],
     "ablations": as_tuned_for("a_star_po_n8", A_STAR_PO_ABLATIONS),
     "off-policy": as_tuned_for("a_star_po_n8", OFF_POLICY),
     "process": as_tuned_for("a_star_po_n8", PROCESS),  # process.py has the command

@@ -1,7 +1,7 @@
 """Sum up the runs of compare.py: rows, tables and pictures.
 
 The results are a list with one entry for each method. A pair is a mean over the seeds and its
-standard error:
+standard error, which is null if there is one seed:
 
 tokens_total, seconds_total  sampled tokens, and the log's seconds_total, stage 1 included. The
                              seconds of stage 1 come from the values file, and include starting the
@@ -10,6 +10,8 @@ reward_final                 reward of the training responses, the mean of the l
 pass_at_1, ..., pass_at_64   of the trained model on the test problems, at temperature 1
 kl                           ln(pi / pi_ref) of a response, in nats, over the same steps; null if
                              the loss does not return it as "logratio"
+grad_norm                    L2 norm of the gradient before clipping, the mean of the first
+                             SMOOTHING steps: later it depends on how the run went
 kl_other, reward_other       on problems with two numbers, which training has not seen
 tokens_to, seconds_to        by goal: what was spent when the reward reached it; null unless every
                              run did. The reward is the mean of the SMOOTHING steps around each. It
@@ -80,6 +82,7 @@ class Run(NamedTuple):
     # By UNITS: what was spent before each step, stage 1 included; and one more, the total.
     spent: dict[str, list[float]]
     kl: float | None  # None: its loss does not return the log-ratio
+    grad_norm: float
     scores: Scores  # of the trained model
 
     @property
@@ -113,6 +116,7 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
         rewards=[step["reward"] for step in steps],
         spent={"tokens": tokens, "seconds": seconds},
         kl=kl,
+        grad_norm=statistics.mean(step["grad_norm"] for step in steps[:SMOOTHING]),
         scores=read_scores(folder),
     )
 
@@ -157,17 +161,17 @@ class Estimate(NamedTuple):
     """A mean over the seeds; in JSON it is a list of two."""
 
     mean: float
-    error: float  # its standard error; 0 if there is one seed
+    error: float | None  # its standard error; None if there is one seed
 
 
 def mean_and_error(values: Sequence[float | None]) -> Estimate | None:
     """Estimate the mean; None if a value is missing."""
     if None in values:
         return None
-    error = 0.0
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(statistics.mean(values), error)
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return Estimate(mean, None)
+    return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def sum_up(runs: list[Run], goals: list[float], budgets: dict[str, float]) -> dict:
@@ -180,6 +184,7 @@ def sum_up(runs: list[Run], goals: list[float], budgets: dict[str, float]) -> di
     for k in runs[0].scores.pass_at_k:
         row[f"pass_at_{k}"] = mean_and_error([run.scores.pass_at_k[k] for run in runs])
     row["kl"] = mean_and_error([run.kl for run in runs])
+    row["grad_norm"] = mean_and_error([run.grad_norm for run in runs])
     for name in runs[0].scores.other:
         row[f"{name}_other"] = mean_and_error([run.scores.other[name] for run in runs])
     row["tokens_to"] = {}
@@ -240,7 +245,8 @@ def names_in_table(row: dict) -> list[str]:
     names = [name for name in ("pass_at_1", "pass_at_8") if name in pass_at_k]
     if pass_at_k[-1] not in names:
         names.append(pass_at_k[-1])
-    return ["reward_final", *names, "kl", *(name for name in row if name.endswith("_other"))]
+    others = [name for name in row if name.endswith("_other")]
+    return ["reward_final", *names, "kl", "grad_norm", *others]
 
 
 def table_of_costs(results: list[dict], cost: str, unit_size: float, last_title: str) -> list[str]:
@@ -278,14 +284,15 @@ def value_of_reference(name: str, reference: Scores) -> float | None:
 
 
 def format_estimate(estimate: Estimate | None, unit_size: float = 1.0) -> str:
-    """Write a mean and its standard error."""
+    """Write a mean and its standard error, if there is one."""
     if estimate is None:
         return "-"
     mean = estimate.mean / unit_size
-    error = estimate.error / unit_size
-    if mean >= 100:
-        return f"{mean:.0f} ± {error:.0f}"
-    return f"{mean:.3f} ± {error:.3f}"
+    decimals = 0 if mean >= 100 else 3
+    text = f"{mean:.{decimals}f}"
+    if estimate.error is not None:
+        text += f" ± {estimate.error / unit_size:.{decimals}f}"
+    return text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,6 +432,7 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         "replay": "replay of\n4 rollouts",
     }
     figure, axes = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    has_errors = results[0]["seeds"] > 1
     labels = []
     at_replay = {}
     for shift, (baseline, label) in enumerate(
@@ -439,13 +447,13 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
             means.append(reward.mean)
             errors.append(reward.error)
         colour = COLOURS[shift]
-        bars = errors if any(errors) else None  # one run has no error
+        bars = errors if has_errors else None
         axes.errorbar(places, means, bars, marker="o", markersize=4, capsize=3, color=colour)
         labels.append(Label(f"with {label}", means[-1], colour))
         at_replay[label] = means[-1]
     best = max(at_replay, key=at_replay.get)
     axes.set_xticks(range(len(ticks)), ticks.values())
-    note = "bar: ± 1 s.e." if any(errors) else "one run each"
+    note = "bar: ± 1 s.e." if has_errors else "one run each"
     title = f"With replay, A*-PO ends highest with {best}"
     finish(axes, title, "updates on each rollout", f"reward at the end ({note})")
     label_lines(axes, labels)

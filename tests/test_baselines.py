@@ -674,8 +674,9 @@ def test_reach_is_linear_between_steps():
 def test_mean_and_error():
     mean, error = compare_results.mean_and_error([1.0, 2.0, 6.0])
     assert mean == 3 and error == pytest.approx(math.sqrt(7 / 3))
-    assert compare_results.mean_and_error([2.0]) == (2, 0)
+    assert compare_results.mean_and_error([2.0]) == (2, None)
     assert compare_results.mean_and_error([1.0, None]) is None
+    assert compare_results.format_estimate(compare_results.Estimate(0.25, None)) == "0.250"
 
 
 def test_a_difference_of_less_than_two_standard_errors_is_none():
@@ -690,9 +691,9 @@ def test_a_difference_of_less_than_two_standard_errors_is_none():
 def test_the_hatched_part_of_a_bar_is_stage_1(tmp_path, monkeypatch):
     scores = compare_results.Scores({"1": 0.5}, {})
     spent = {"tokens": [1e6, 3e6], "seconds": [10.0, 40.0]}
-    cheap = compare_results.Run([0.5], spent, 0.0, scores)
+    cheap = compare_results.Run([0.5], spent, 0.0, 0.1, scores)
     spent = {"tokens": [0.0, 4e6], "seconds": [0.0, 90.0]}
-    dear = compare_results.Run([0.5], spent, 0.0, scores)
+    dear = compare_results.Run([0.5], spent, 0.0, 0.1, scores)
     drawn = []
     monkeypatch.setattr(compare_results.pyplot, "close", drawn.append)
     runs_of = {"ppo": [dear, dear], "a_star_po_n8": [cheap]}
@@ -705,7 +706,8 @@ def test_the_hatched_part_of_a_bar_is_stage_1(tmp_path, monkeypatch):
 
 def test_off_policy_data_is_drawn(tmp_path):
     reward = compare_results.Estimate(0.3, 0.01)
-    results = [{"method": s.method, "reward_final": reward} for s in compare.OFF_POLICY]
+    row = {"seeds": 2, "reward_final": reward}
+    results = [{"method": setting.method} | row for setting in compare.OFF_POLICY]
     compare_results.draw_off_policy(results, tmp_path / "off-policy.png")
     assert (tmp_path / "off-policy.png").stat().st_size > 10_000
 
@@ -789,6 +791,7 @@ def fake_job(job: compare.Job) -> None:
             if flags.get("--beta2") == "0.001" and flags["--lr"] == "0.001":
                 reward = 9.0 if step == 1 else 0.0
             metrics = {"reward": reward, "response_tokens": 5.0, "logratio": 0.25}
+            metrics["grad_norm"] = 2.0 * step
             metrics["seconds_total"] = 1.0 + int(flags["--seed"])
             lines.append(json.dumps(metrics))
         files.write_text(job.folder / "metrics.jsonl", "\n".join(lines))
@@ -815,6 +818,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
             "pass_at_1",
             "pass_at_4",
             "kl",
+            "grad_norm",
             "tokens_to",
             "seconds_to",
             "reward_at_equal_tokens",
@@ -835,6 +839,7 @@ def test_results_of_known_runs(tmp_path, model, dataset, monkeypatch):
     assert ours["seconds_total"] == pytest.approx([7 + 9, 3])
     assert rebel["seconds_total"] == pytest.approx([9, 3])
     assert ours["pass_at_4"] == [0.75, 0] and ours["kl"] == [0.25, 0]
+    assert ours["grad_norm"] == [6, 0]  # 2, 4, 6, 8, 10: the first five of six steps
     # Rewards 0.5, 0.6, ..., 1: smoothed over five steps 0.6, 0.65, 0.7, ...
     assert ours["reward_final"] == pytest.approx([0.8, 0])
     assert ours["tokens_to"]["0.65"] == pytest.approx([20 + 40, 0])
