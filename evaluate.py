@@ -102,9 +102,9 @@ def score(records: list[dict]) -> dict:
     """Sum up one benchmark's records {"id", "reward", "answer", "output", "finished", "tokens"}.
 
     `mean` is the mean reward and `stderr` its standard error, both over problems. pass@k is a mean
-    over problems, too; a response with a reward above 0 passes. The rest is over samples.
-    `mean_any_end` waives the rule that a response without EOS earns 0, since base models ramble on
-    after the answer.
+    over problems, too; a response with a reward above 0 passes. `mean_any_end` is `mean` without
+    the rule that a response without EOS earns 0, since base models ramble on after the answer. The
+    rest is over samples.
     """
     # Samples of one problem are alike, so the standard error is over problems, not over samples.
     rewards_of = {}
@@ -119,8 +119,13 @@ def score(records: list[dict]) -> dict:
 
     # What did not finish was never scored, so it is scored here.
     unfinished = [record for record in records if not record["finished"]]
-    rewards_any_end = [record["reward"] for record in records if record["finished"]]
-    rewards_any_end += grade_outputs(unfinished)
+    any_end_of = {}
+    for record in records:
+        if record["finished"]:
+            any_end_of.setdefault(record["id"], []).append(record["reward"])
+    for record, reward in zip(unfinished, grade_outputs(unfinished), strict=True):
+        any_end_of.setdefault(record["id"], []).append(reward)
+    any_end_means = [statistics.mean(rewards) for rewards in any_end_of.values()]
     return {
         "num_problems": len(rewards_of),
         "num_samples": num_samples,
@@ -129,7 +134,7 @@ def score(records: list[dict]) -> dict:
         "pass_at_k": pass_at_powers(list(rewards_of.values()), num_samples),
         "tokens": statistics.mean(record["tokens"] for record in records),
         "truncated": len(unfinished) / len(records),
-        "mean_any_end": statistics.mean(rewards_any_end),
+        "mean_any_end": statistics.mean(any_end_means),
     }
 
 
@@ -332,9 +337,9 @@ def make_benchmark(
     prompts = []
     for row in rows:
         prompts.append(problems.make_prompt(row, style, tokenizer))
-    sentence = problems.cut_prompts(prompts, room_for_prompt(args), tokenizer)
-    if sentence is not None:
-        remarks.append(f"{name}: {sentence}")
+    cut = problems.cut_prompts(name, prompts, room_for_prompt(args), tokenizer)
+    if cut is not None:
+        remarks.append(cut)
     identity = {
         "rows_digest": files.content_digest(rows),
         "prompt_template": style.template,

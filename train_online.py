@@ -87,8 +87,8 @@ class Algorithm(NamedTuple):
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
     # statistics by name, (B,) each. The update minimises the mean over all sequences; `token_mean`
     # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported for
-    # the first update of a step only, because there the policy is still the one that sampled. A
-    # name that is taken, such as "reward" or "adv", is refused.
+    # the first update of a step only, because there the policy is still the one that sampled. Other
+    # shapes are refused, and so is a name that is taken, such as "reward" or "adv".
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
     # MicroBatch.numbers under the same name. The list holds the --samples-per-prompt responses to
@@ -97,7 +97,7 @@ class Algorithm(NamedTuple):
     # Is called with the policy and the list of the step's updates, before the first of them moves
     # the weights. It may put what it computes into MicroBatch.extra, and add updates to the list.
     prepare: Callable[[Policy, list[list[MicroBatch]]], None] | None = None
-    # Keep this many consecutive responses in one micro-batch, for a loss that compares them. A
+    # Keep this many responses to a prompt in one micro-batch, for a loss that compares them. A
     # method that compares them in `credit`, such as GRPO, leaves it at 1.
     group_size: int = 1
     # True: every response keeps the sampler's log-probs, in MicroBatch.sampler_logp, for a loss
@@ -125,8 +125,11 @@ def a_star_po(beta2: float) -> Algorithm:
     return Algorithm(loss)
 
 
-# What `update` reports beside the statistics of the loss function.
-RESERVED_NAMES = {"loss", "grad_norm", "logprob_gap", "kl_per_token"}
+# What `update` and `train` report themselves. `summarize` reports others, see `add_metrics`.
+RESERVED_NAMES = {
+    *("loss", "grad_norm", "logprob_gap", "kl_per_token", "peak_gib"),
+    *("seconds_update", "seconds_sync", "seconds_total", "eval_accuracy"),
+}
 
 
 def update(
@@ -152,15 +155,14 @@ def update(
     The last three are of the first update, before it moves the weights: there the policy is still
     the one that sampled.
     """
+    first = updates[0][0]
     sums = {"loss": torch.zeros((), dtype=torch.float64, device=DEVICE)}
     grad_norm = 0.0
     for number, batches in enumerate(updates):
         for batch in batches:
             output = policy(**batch.inputs)
             sequence_losses, statistics = loss_function(batch, output)
-            taken = RESERVED_NAMES & statistics.keys()
-            if taken:
-                raise ValueError(f"`update` itself reports {sorted(taken)}: rename the statistic")
+            check_loss(batch, sequence_losses, statistics)
             # The mean over all sequences of the update, whatever the split into micro-batches. A
             # micro-batch has weight 0 if it only keeps this rank in step with the others.
             loss = batch.weight * sequence_losses.sum() / batch.num_sequences
@@ -170,6 +172,8 @@ def update(
             sums["loss"] += loss.detach() / len(updates)
             # Kept for `add_sums`, for the last lines of this function, and for samples.jsonl.
             batch.statistics = {name: x.detach() for name, x in statistics.items()}
+            if batch.statistics.keys() != first.statistics.keys():
+                raise ValueError("the loss returns other statistics for some micro-batches")
             if number == 0:
                 add_sums(sums, batch, output.detach())
         # The norm of the gradient, over the slices of all ranks. FSDP's tensors are DTensors: each
@@ -186,7 +190,6 @@ def update(
     metrics["grad_norm"] = grad_norm.item() / len(updates)
     # The statistics and logprob_gap are sums so far. kl_per_token needs the sum of the
     # log-ratios, so it is computed before the `for` below turns that sum into a mean.
-    first = updates[0][0]
     if "logratio" in metrics:
         metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
     if "logprob_gap" in metrics:
@@ -194,6 +197,25 @@ def update(
     for name in first.statistics:
         metrics[name] /= first.num_sequences
     return metrics
+
+
+def check_loss(batch: MicroBatch, sequence_losses: Tensor, statistics: dict[str, Tensor]) -> None:
+    """Check what a loss function returned for a micro-batch.
+
+    Raises ValueError for a name that is taken, and unless there is one number for each sequence.
+    Without this check, a mean, or one number for each token, would be trained on as well, with
+    another scale.
+    """
+    taken = RESERVED_NAMES & statistics.keys()
+    if taken:
+        raise ValueError(f"the log has its own {sorted(taken)}: rename the statistic")
+    for name, values in {"loss": sequence_losses, **statistics}.items():
+        if values.shape != batch.lengths.shape:
+            expected = tuple(batch.lengths.shape)
+            raise ValueError(
+                f"{name} has the shape {tuple(values.shape)} in place of {expected}: "
+                "a loss function returns one number for each sequence"
+            )
 
 
 def add_sums(sums: dict[str, Tensor], batch: MicroBatch, token_logp: Tensor) -> None:
@@ -239,6 +261,11 @@ class Run:
 
 def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> None:
     """Train on this rank; all ranks call it together. It resumes what --out holds."""
+    if args.samples_per_prompt % algorithm.group_size != 0:
+        raise UserError(
+            f"--samples-per-prompt {args.samples_per_prompt}: this algorithm compares responses to "
+            f"a prompt in groups of {algorithm.group_size}"
+        )
     run = set_up(args, data, algorithm)
     if run is None:
         return
@@ -539,6 +566,9 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
     all_prompts = data.prompts + data.eval_prompts
     problems.check_prompts(all_prompts, engine.vocabulary_size(llm), llm.get_tokenizer())
 
+    # As in every step, the cache makes room for the trainer. Loading AdamW's state takes memory for
+    # gradients, too.
+    engine.release_cache(llm)
     policy, ref = load_models(args, reference, progress.checkpoint)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     # AdamW's own defaults are the published ones: betas 0.9 and 0.999, weight decay 0.01.
@@ -546,8 +576,13 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
     if progress.checkpoint is not None:
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
+    engine.restore_cache(llm)
+
+    # Do the policy, the engine and transformers agree on some responses?
     responses = self_check.sample_for_check(llm, data.prompts)
+    engine.release_cache(llm)
     self_check.check_policy(policy, responses)
+    engine.restore_cache(llm)
     if progress.checkpoint is None:  # the engine has the reference's weights
         engine.on_rank_0(self_check.check_model, reference, responses)
 
@@ -652,7 +687,8 @@ def check(args: argparse.Namespace) -> TrainingData:
     tokenizer = problems.load_tokenizer(folder)
     prompts = make_prompts(entries, values, tokenizer)
     eval_prompts = make_eval_prompts(eval_rows, values, tokenizer)
-    cut = problems.cut_prompts(eval_prompts, values.header["max_prompt_tokens"], tokenizer)
+    longest_prompt = values.header["max_prompt_tokens"]
+    cut = problems.cut_prompts(args.eval_dataset, eval_prompts, longest_prompt, tokenizer)
     if cut is not None:
         notes.append(cut)
     return TrainingData(values, entries, v_star, prompts, eval_rows, eval_prompts, notes)

@@ -51,6 +51,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # So is FlashInfer's all-reduce among the GPUs of one engine. NCCL does it instead.
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # and in place of torch's all-reduce over NVLink
     # After a stop signal torchrun kills its ranks when so many seconds have passed, by default 30.
     # Stage 2 needs the time of a step and a checkpoint.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
@@ -291,6 +292,8 @@ def gpu_options() -> dict[str, Any]:
         "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
         # vLLM's own all-reduce ends the process if PYTORCH_ALLOC_CONF has expandable segments.
         "disable_custom_all_reduce": True,
+        # FlashInfer's kernels are not used, so there is nothing to tune at the start.
+        "enable_flashinfer_autotune": False,
     }
     if torch.cuda.get_device_capability()[0] == 10:
         # On a B200, vLLM would choose FlashInfer's attention, which is compiled with nvcc as well.

@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 GIB = 2**30
 BLOCK = 16  # tokens; vLLM hands the cache out in such blocks
-# The cache has room for this many responses at their full length. On most GPUs vLLM runs no more
-# at once. Where its limit is higher, more share the same cache, since most are far shorter.
+# The engine runs at most this many responses at once, and the cache has room for so many at their
+# full length. vLLM's own limit is 1024 on large cards. It counts the tokens of each response in a
+# row of the whole vocabulary, so that a lower limit saves memory as well.
 MOST_AT_ONCE = 256
 # What no formula here covers: the CUDA context, workspaces of kernels, NCCL, the engine's CUDA
 # graphs, and memory lost to fragmentation. These two are a guess until they are measured.
@@ -311,6 +312,7 @@ def engine_options(budget: Budget, total: int) -> dict[str, Any]:
     return {
         "gpu_memory_utilization": min(share, 1.0),
         "kv_cache_memory_bytes": budget.cache,
+        "max_num_seqs": MOST_AT_ONCE,
         "enable_sleep_mode": budget.sleep_mode,
     }
 

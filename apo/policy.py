@@ -393,7 +393,7 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
         "reshard_after_forward": ON_GPU,
     }
     if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy()
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=ON_GPU)
     for module in modules:
         fsdp.fully_shard(module, **options)
 

@@ -10,6 +10,7 @@ In its row, the reward sees all columns of the source. Some are written here ove
 and "id" is a number after the name, unless a local file has an "id".
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -306,13 +307,18 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def check_columns(rows: list, name: str) -> None:
-    """Raise UserError for the first row without a text "question" and an "answer"."""
+    """Raise UserError for the first row without a text "question" and a short "answer"."""
     hint = "(a file is mathematics; give another task by its name in apo/problems.py)"
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str):
             raise UserError(f'{name}, row {number} has no text "question": {row!r:.60} {hint}')
         if "answer" not in row:
             raise UserError(f'{name}, row {number} has no "answer": {row!r:.60} {hint}')
+        if "####" in str(row["answer"]):
+            raise UserError(
+                f"{name}, row {number}: its answer is a solution of GSM8K. Keep only what follows "
+                "####, or use --dataset gsm8k"
+            )
 
 
 class MissingColumnError(KeyError):
@@ -545,8 +551,8 @@ def check_prompts(prompts: list[Prompt], vocabulary_size: int, tokenizer: Any) -
             )
 
 
-def cut_prompts(prompts: list[Prompt], longest: int, tokenizer: Any) -> str | None:
-    """Cut the beginning of prompts of more than `longest` tokens.
+def cut_prompts(name: str, prompts: list[Prompt], longest: int, tokenizer: Any) -> str | None:
+    """Cut the beginning of prompts of more than `longest` tokens. `name` is their dataset's.
 
     Returns a sentence that says how many were cut, None if none was. Raises UserError if they are
     more than half: then the model would be asked something else.
@@ -559,10 +565,10 @@ def cut_prompts(prompts: list[Prompt], longest: int, tokenizer: Any) -> str | No
             num_cut += 1
     if num_cut == 0:
         return None
-    sentence = f"{num_cut} of {len(prompts)} prompts have more than {longest} tokens"
+    sentence = f"{name}: {num_cut} of {len(prompts)} prompts have more than {longest} tokens"
     if num_cut > len(prompts) / 2:
-        raise UserError(f"{sentence}: too many to cut their beginnings off")
-    return f"{sentence}: their beginnings are cut off"
+        raise UserError(f"{sentence}, too many to cut their beginnings off: leave {name} out")
+    return f"{sentence}, whose beginnings are cut off"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -577,7 +583,11 @@ def reward(response: str, row: Any) -> float:
     if not isinstance(row, dict):
         return math_reward.reward(response, row)
     dataset = DATASETS[row.get("_task", "math")]
-    return float(dataset.reward(response, row))
+    # A copy: all responses to a prompt share the row, and a reward function may change its own.
+    value = dataset.reward(response, copy.deepcopy(row))
+    if isinstance(value, str | bytes):  # float() would read the text
+        raise TypeError(f"the reward is the text {value!r:.60}, not a number")
+    return float(value)
 
 
 def submit_reward(response: str, row: dict) -> Future:

@@ -70,8 +70,8 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     final_step = saved_step(out / "final")
     checkpoints = list_checkpoints(out / "checkpoints")
     had_checkpoints = bool(checkpoints)
-    if not (out / "config.json").exists() and (final_step is not None or had_checkpoints):
-        raise UserError(f"{out} has lost its config.json: give another --out")
+    if not (out / "config.json").exists() and ((out / "final").exists() or had_checkpoints):
+        raise UserError(f"{out} has lost its config.json, or is no run: give another --out")
     if final_step is not None and final_step >= config["num_steps"]:
         return Progress(True, None, final_step)
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.

@@ -454,7 +454,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"PPO's lambda of GAE ({LAMBDA}); 1: the advantage is the return minus the value",
     )
     # None stands for the method's own number.
-    parser.set_defaults(samples_per_prompt=None)
+    parser.set_defaults(samples_per_prompt=None, beta2=None)
     return parser
 
 
@@ -463,8 +463,12 @@ def check_method(args: argparse.Namespace) -> None:
     method = METHODS[args.method]
     if method.kl_weight is None and args.kl_weight is not None:
         raise UserError(f"{args.method} has no --kl-weight: use --beta2")
-    if method.kl_weight is not None and args.beta2 != make_parser().get_default("beta2"):
+    if args.beta2 is None:
+        args.beta2 = train_online.make_parser().get_default("beta2")
+    elif method.kl_weight is not None:
         raise UserError(f"{args.method} has no --beta2: use --kl-weight")
+    if args.beta1 is not None and args.method != "replay":
+        raise UserError(f"{args.method} has no --beta1: it does not use V*")
     if args.kl_weight is None:
         args.kl_weight = method.kl_weight
     elif not 0 <= args.kl_weight < float("inf"):

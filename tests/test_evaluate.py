@@ -247,6 +247,8 @@ def test_scores_by_hand() -> None:
     assert scores["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": 1 / 2, "3": 1 / 2})
     assert scores["truncated"] == pytest.approx(1 / 6)
     assert scores["mean_any_end"] == pytest.approx(1 / 2)
+    # With one sample of a, and three of b: a mean over problems, as "mean" is.
+    assert evaluate.score([records[0], *records[3:]])["mean_any_end"] == pytest.approx(2 / 3)
     assert evaluate.score(records[:1])["stderr"] == 0.0
 
 

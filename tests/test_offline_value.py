@@ -167,6 +167,12 @@ def test_one_sample_has_no_error(run: Callable, model: Path, dataset: Path) -> N
     assert_one_error(result.err, says="--max-value-samples 1")
 
 
+def test_an_error_to_reach_needs_more_samples(run: Callable, model: Path, dataset: Path) -> None:
+    result = run("offline_value.py", *stage1_arguments(model, dataset), "--value-error", 0.1)
+    assert result.code == 2
+    assert_one_error(result.err, says="--max-value-samples")
+
+
 @pytest.fixture
 def started(
     model: Path,

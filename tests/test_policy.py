@@ -539,7 +539,9 @@ def test_update_is_that_of_a_plain_model(one_machine: None, reference: Path, bud
     assert_same_weights(weights, plain, make_lm())
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm", "logprob_gap", "kl_per_token"])
+@pytest.mark.parametrize(
+    "name", ["loss", "grad_norm", "logprob_gap", "kl_per_token", "peak_gib", "eval_accuracy"]
+)
 def test_a_statistic_hides_no_metric(one_machine: None, reference: Path, name: str) -> None:
     loaded, optimizer = load(reference)
 
@@ -553,6 +555,53 @@ def test_a_statistic_hides_no_metric(one_machine: None, reference: Path, name: s
     with pytest.raises(ValueError, match="two metrics have the same name: reward"):
         train_online.add_metrics(metrics, {"reward": 2.0, "long": 3.0})
     assert metrics == {"reward": 1.0}
+
+
+@pytest.mark.parametrize("of", ["loss", "entropy"])
+@pytest.mark.parametrize("shape", ["mean", "tokens", "square"])
+def test_what_is_no_number_for_each_sequence_is_refused(
+    one_machine: None, reference: Path, of: str, shape: str
+) -> None:
+    """A fork's slip would otherwise be trained on, or logged, with another scale."""
+    loaded, optimizer = load(reference)
+
+    def loss(batch: MicroBatch, token_logp: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        sequence_losses, _ = loss_with_statistics(batch, token_logp)
+        square = sequence_losses + torch.zeros(len(sequence_losses) + 1, 1)
+        wrong = {"mean": sequence_losses.mean(), "tokens": token_logp, "square": square}[shape]
+        if of == "loss":
+            return wrong, {}
+        return sequence_losses, {of: wrong}
+
+    with pytest.raises(ValueError, match=rf"{of}.* \({NUM_RESPONSES},\)"):
+        train_online.update(loaded, optimizer, make_updates(1000), loss)
+
+
+def test_a_statistic_of_some_micro_batches_is_refused(one_machine: None, reference: Path) -> None:
+    loaded, optimizer = load(reference)
+
+    def loss(batch: MicroBatch, token_logp: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        sequence_losses, statistics = loss_with_statistics(batch, token_logp)
+        if (batch.lengths > 3).any():
+            statistics["later"] = sequence_losses
+        return sequence_losses, statistics
+
+    with pytest.raises(ValueError, match="some micro-batches"):
+        train_online.update(loaded, optimizer, make_updates(1), loss)
+
+
+def test_an_offloaded_reference_computes_the_same(one_machine: None, reference: Path) -> None:
+    """On a CPU there is nothing to pin, and nothing to gain, but the flag does no harm."""
+    updates = make_updates(1000)
+    for batches in updates:
+        for batch in batches:
+            batch.ref_logp = None
+    mesh = policy.make_mesh()
+    policy.add_ref_logp(policy.load_policy(reference, mesh, torch.float32), updates)
+    expected = updates[0][0].ref_logp
+    offloaded = policy.load_policy(reference, mesh, torch.float32, offload=True)
+    policy.add_ref_logp(offloaded, updates)
+    assert torch.equal(updates[0][0].ref_logp, expected)
 
 
 @pytest.mark.parametrize("machines", [1, 2])

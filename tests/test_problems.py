@@ -352,13 +352,13 @@ def test_long_prompts_keep_their_end_and_are_counted() -> None:
     prompts = [problems.make_prompt({"id": "a", "question": "abcdef"}, PLAIN, tokenizer)]
     prompts += make_prompts(3, 4)
     text = prompts[0].text
-    assert problems.cut_prompts(prompts, len(text), tokenizer) is None
-    sentence = problems.cut_prompts(prompts, 10, tokenizer)
-    assert "1 of 3" in sentence and "10 tokens" in sentence
+    assert problems.cut_prompts("x", prompts, len(text), tokenizer) is None
+    sentence = problems.cut_prompts("x", prompts, 10, tokenizer)
+    assert "x: 1 of 3" in sentence and "10 tokens" in sentence
     assert prompts[0].text == text[-10:] and len(prompts[0].ids) == 10
     assert [len(prompt.ids) for prompt in prompts[1:]] == [3, 4]
-    with pytest.raises(UserError, match="2 of 3"):
-        problems.cut_prompts(prompts, 3, tokenizer)
+    with pytest.raises(UserError, match="x: 2 of 3"):
+        problems.cut_prompts("x", prompts, 3, tokenizer)
 
 
 def make_task(monkeypatch: pytest.MonkeyPatch, folder: Path, **functions: object) -> None:
@@ -380,6 +380,43 @@ def test_rows_are_the_same_before_and_after_a_values_file(
     [row] = problems.load_problems("mine", "train")
     assert row["answer"] == {"a": [1, 2], "b": "1/3", "c": ["2026-01-02"], "d": {"1": "b'x'"}}
     assert row == json.loads(json.dumps(row))
+
+
+def take_number(response: str, row: dict) -> float:
+    row["answer"].remove(int(response))
+    return 1.0
+
+
+def return_text(response: str, row: dict) -> str:
+    return "42"
+
+
+def test_a_reward_that_changes_its_row_changes_no_other_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take numbers off a list as the response uses them."""
+    make_task(monkeypatch, tmp_path, answer=lambda row: [row["n"]], reward=take_number)
+    [row] = problems.load_problems("mine", "train")
+    for _ in range(2):
+        assert problems.submit_reward("3", row).result() == 1.0
+    assert row["answer"] == [3]
+
+
+def test_a_text_is_no_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the answer, returned by mistake."""
+    make_task(monkeypatch, tmp_path, reward=return_text)
+    [row] = problems.load_problems("mine", "train")
+    with pytest.raises(RuntimeError, match="mine/0") as caught:
+        problems.submit_reward("3", row)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_solutions_of_gsm8k_are_no_answers(tmp_path: Path) -> None:
+    """Each would be a text that no response equals."""
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(json.dumps({"question": "Q", "answer": "48 / 2 = 24\n#### 24"}))
+    with pytest.raises(UserError, match=r"row 1.*####"):
+        problems.load_problems(str(rows), "train")
 
 
 def test_a_key_of_a_tasks_own_table_is_no_column(

@@ -171,6 +171,14 @@ def test_a_folder_that_is_no_run_keeps_what_it_has(out: Path) -> None:
     assert (out / "metrics.jsonl").read_text() == '{"loss": 1}\n{"loss": 2}'
 
 
+def test_another_programs_model_is_not_replaced(tmp_path: Path) -> None:
+    """Training would end by removing what is in final/."""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "model.safetensors").write_text("weights")
+    with pytest.raises(UserError, match="or is no run"):
+        resume(tmp_path)
+
+
 def test_checkpoints_out_of_reach_are_not_damaged(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,12 @@ def test_beta1_may_be_named_as_it_was_used(stage1: SimpleNamespace, tmp_path: Pa
     assert configs[0] == configs[1]
 
 
+def test_responses_that_are_compared_must_be_to_one_prompt() -> None:
+    in_pairs = train_online.a_star_po(1e-3)._replace(group_size=2)
+    with pytest.raises(UserError, match="--samples-per-prompt 3"):
+        train_online.train(SimpleNamespace(samples_per_prompt=3), None, in_pairs)
+
+
 def test_a_gradient_that_is_no_number_stops_the_run(broken: SimpleNamespace) -> None:
     """At a learning rate of 1e38 the first update ruins the weights; the second step shows it."""
     assert broken.ruined.code == 1, broken.ruined.all
