@@ -25,7 +25,7 @@ from apo.math_units import TRIGONOMETRY
 POINTS = ("1", "-1", "small")
 # More points for what may have a kink far from 0, as |x-10| has, or jumps, as \lfloor n/2\rfloor.
 # At whole numbers alone, \lceil n/2\rceil differs from \lfloor n/2\rfloor+1.
-KINKS = re.compile(r"\\(lfloor|lceil|max|min|sqrt)|\|")
+KINKS = re.compile(r"\\(lfloor|lceil|max|min|sqrt)|\||\^\{1/2\}")
 FAR_POINTS = ("9", "-9", *(f"whole {n}" for n in range(1, 9)))
 # But these have too many digits there: a factorial, a binomial, a symbol in an exponent or a root.
 FAST_GROWTH = re.compile(r"!|\\binom|\\exp|\^\{?[^{}]*[a-zA-Z]|\\sqrt\[[^]]*[a-zA-Z]")
@@ -173,6 +173,13 @@ def parse(text: str) -> Any:
         return None
 
 
+# A function whose argument has no brackets: in \ln 3/\ln 2 and \sin x\cdot\cos x it ends before the
+# sign, where the parser would go on.
+CALLED = r"\\(?:sin|cos|tan|sec|csc|cot|ln|log(?:_\{\w+\})?)(?:\^\d)?(?![a-zA-Z])"
+ARGUMENT = r"\d+(?:[a-z]|\\[a-z]+)?|[a-z]|\\[a-z]+"
+ENDS_ARGUMENT = r"(?:/|\\cdot *|\\times *)(?:\\(?:sin|cos|tan|sec|csc|cot|ln|log)|\w\^)"
+
+
 def in_grammar(text: str) -> str:
     """Return an expression for math-verify's parser, each symbol under a name that is only a name.
 
@@ -186,6 +193,13 @@ def in_grammar(text: str) -> str:
     text = re.sub(r"\^\\circ", degree, text)
     text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
+    text = re.sub(r"([\d)}])(?=\\binom)", r"\1\\cdot ", text)  # likewise
+    text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac)", r"\1\\cdot ", text)
+    text = re.sub(rf"({CALLED} *(?:{ARGUMENT}))(?={ENDS_ARGUMENT})", r"(\1)", text)
+    text = re.sub(rf"({TRIGONOMETRY.pattern} *(?:[a-z]|\\[a-z]+))(?=\()", r"(\1)", text)
+    text = re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)  # 1{2} is printed as 12
+    # The real root, not the first one of the complex ones.
+    text = re.sub(r"\\sqrt\[([3579])\]\{-(\d+)\}", r"(-\\sqrt[\1]{\2})", text)
     accent = r"\\(?:bar|hat|tilde|d?dot|vec) *\{?[a-zA-Z]\}?"
     subscript = r"'*(?:_(?:\w|\{[^{}]*\}))?'*"
     return re.sub(rf"({accent}|\\[a-zA-Z]+|[a-zA-Z]){subscript}", rename_symbol, text)

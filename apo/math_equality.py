@@ -31,12 +31,13 @@ from apo.math_spelling import (
     split,
     split_list,
 )
-from apo.math_units import split_unit
+from apo.math_units import same_unit, split_unit
 
 # A longer text, or one with more deeply nested brackets, equals only itself.
 LONGEST = 500
 DEEPEST = 10
-PERCENT = r"%(?=$|[,)\]]|\\text)"  # at the end of a value, or before a word
+PERCENT = r"%(?=$|[,)\]=]|\\text)"  # at the end of a value, or before a word
+CHOICE = r"\\text\{\([A-E]\)\}(?=.)"  # \textbf{(C)} 12 is 12, if the answer has no letter
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -46,6 +47,8 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
     # If the answer is the list `81, 256`, `81,256` is right. Further on it is read as 81256.
     if box.strip() in (gold.strip(), re.sub(r",\s+", ",", gold.strip())):
         return True
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", box.strip()) and same_items(spell(gold), box.strip()):
+        return True
     gold = expand_characters(gold)
     box = expand_characters(box)
     # Some patterns below take time quadratic in the length.
@@ -53,6 +56,8 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
         return False
     gold = spell(gold)
     box = spell(box)
+    if not re.match(CHOICE, gold):
+        box = re.sub(CHOICE, "", box)
     if max(len(gold), len(box)) > 2 * LONGEST or max(levels(gold + box)) > DEEPEST:
         return False
     verdict = compare(re.sub(PERCENT, "", gold), re.sub(PERCENT, "", box), algebra)
@@ -62,6 +67,11 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
         box = re.sub(PERCENT, "/100", box)
         verdict = compare(gold, box, algebra)
     return verdict
+
+
+def same_items(gold: str, box: str) -> bool:
+    """Say whether two lists without brackets have the same items: 144,233 and 233,144."""
+    return sorted(gold.split(",")) == sorted(box.split(","))
 
 
 def leave_open(gold: str, pred: str) -> None:
@@ -74,7 +84,7 @@ def leave_open(gold: str, pred: str) -> None:
 def compare(gold: str, pred: str, algebra: Algebra) -> bool | None:
     """Compare two texts that `spell` wrote: as lists, equations, tuples or single values."""
     golds = split_list(gold)
-    preds = split_list(pred)
+    preds = split_list(order_by_names(gold, pred))
     if golds == preds:
         return True
     # A response that offers several values has more items than the answer. In long lists, the
@@ -92,6 +102,15 @@ def compare(gold: str, pred: str, algebra: Algebra) -> bool | None:
     if is_enclosed(gold) or is_enclosed(pred):
         return compare_tuples(gold, pred, algebra)
     return compare_values(gold, pred, algebra)
+
+
+def order_by_names(gold: str, pred: str) -> str:
+    """Return (5,3) for the response k=3,n=5 to the answer (n,k)=(5,3); any other as it is."""
+    found = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
+    values = dict(item.partition("=")[::2] for item in split(pred, ","))
+    if not found or sorted(values) != sorted(found[1].split(",")) or "" in values.values():
+        return pred
+    return "(" + ",".join(values[name] for name in found[1].split(",")) + ")"
 
 
 def compare_lists(golds: list[str], preds: list[str], algebra: Algebra) -> bool | None:
@@ -157,11 +176,12 @@ def compare_equations(golds: list[str], preds: list[str], algebra: Algebra) -> b
 
 def is_name(text: str) -> bool:
     """Say whether a text is a name: x, y', a_{10}, f^{-1}(x), \\angle ABC, \\text{Area}, (x,y)."""
+    text = re.sub(r"^(\\(vec|hat|bar|overline|overrightarrow) *)?\{(\w+)\}$", r"\3", text)
     function = re.sub(r"(\^\{-1\})?\([\w,|]+\)$", "", text)
     letter = re.sub(r"'*(_\{?\w+\}?)?$", "", function)
     is_letter = re.fullmatch(r"[a-zA-Z]|\\[a-z]+|\\text\{[^{}]*\}", letter)
     is_figure = re.fullmatch(r"(\\angle ?)?[\[|]?[A-Z]{1,4}[\]|]?", letter)
-    is_tuple = re.fullmatch(r"\([a-z](,[a-z])+\)", text)
+    is_tuple = re.fullmatch(r"\([a-zA-Z](,[a-zA-Z])+\)", text)
     return bool(is_letter or is_figure or is_tuple)
 
 
@@ -172,9 +192,11 @@ def says_what(left_side: str) -> bool:
     \\text{people not in line} do not deny it.
     """
     outside = re.sub(r"\([^()]*\)", "", left_side)
-    if re.search(r"\\l?not|\\neg|\b(is|are) not\b|\bnot *\}", outside):
+    if re.search(r"\\l?not|\\neg|n['’]t\b|(?i:\b(is|are) not\b|\{not\b|\bnot *\})", outside):
         return False
-    without_indices = re.sub(r"_\{?\w+\}?|(?<=\w)\([-\d,]+\)", "", left_side)
+    # f(2), f'(3), f^{-1}(x) and P(X=2); but x(x+1) is a product.
+    without_calls = re.sub(r"\b[fghpPE]'*(\^\{-1\})?\([^()]*\)", "f", left_side)
+    without_indices = re.sub(r"_\{?[\w,]+\}?|(?<=\w)\([-\d,]+\)", "", without_calls)
     has_letter = re.search("[a-zA-Z]", without_indices)
     has_number = re.search(r"\d|^-", without_indices)
     return bool(has_letter and not has_number)
@@ -187,7 +209,7 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
     """Compare two values or two equations."""
     gold, gold_unit = split_unit(gold)
     pred, pred_unit = split_unit(pred)
-    if gold_unit and pred_unit and gold_unit != pred_unit:
+    if gold_unit and pred_unit and not same_unit(gold_unit, pred_unit):
         return False
     if same_words(gold, pred):
         return True
@@ -213,6 +235,9 @@ def same_words(gold: str, pred: str) -> bool:
     """
     gold_words = re.sub(IN_TEXT, r"\1", gold)
     pred_words = re.sub(IN_TEXT, r"\1", pred)
+    # 420 million is 420\text{million}.
+    gold_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", gold_words)
+    pred_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", pred_words)
     if gold_words == pred_words:
         return True
     is_text = r"\text" in gold + pred
@@ -253,7 +278,8 @@ FUNCTION_NAMES = """
 """
 SYMBOL_NAMES = """
     alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi
-    omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell partial nabla bar hat tilde dot vec
+    omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell partial nabla bar hat tilde dot ddot
+    vec
 """
 FUNCTIONS = set(FUNCTION_NAMES.split())
 SYMBOLS = set(SYMBOL_NAMES.split())
@@ -267,7 +293,9 @@ def is_text(text: str) -> bool:
     has_other_name = re.search(r"\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
     # sympy takes the greatest common divisor of two symbols for 1.
     has_symbolic_gcd = re.search(r"\\gcd *\(?[^()]*[a-zA-Z]", text)
-    is_known = commands <= FUNCTIONS | SYMBOLS
+    # The order of a cross product counts.
+    has_cross_product = r"\vec" in text and r"\times" in text
+    is_known = commands <= FUNCTIONS | SYMBOLS and not has_cross_product
     if not text or not is_known or has_other_sign or has_other_name or has_symbolic_gcd:
         return True
     return is_too_large(text)

@@ -9,14 +9,15 @@ Nothing here compares: math_equality.py does.
 
 import functools
 import re
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 # Tables -------------------------------------------------------------------------------------------
 
 # A character, and what it is in LaTeX.
 CHARACTER_TABLE = r"""
     − -   – -   × \times   · \cdot   ⋅ \cdot   ÷ /   √ \sqrt   π \pi   ∞ \infty   ° ^\circ   ， ,
-    ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \$   £ \$
+    ½ \frac12   ¼ \frac14   ¾ \frac34   ⅓ \frac13   ⅔ \frac23   ⁄ /   € \euro   £ \$
+    ± \pm   ‐ -   ‑ -   ¢ \text{cent}
     θ \theta   α \alpha   β \beta   γ \gamma   λ \lambda   μ \mu   φ \phi   ω \omega   Δ \Delta
     σ \sigma   ε \epsilon   ϵ \epsilon   ρ \rho   τ \tau   δ \delta   η \eta   ν \nu   κ \kappa
     ξ \xi   ψ \psi   χ \chi   ζ \zeta   ϕ \phi   µ \mu   Ω \Omega   Σ \Sigma   Φ \Phi   Ψ \Psi
@@ -39,11 +40,11 @@ NAME_TABLE = r"""
     \div /   \nicefrac \frac   \R \mathbb{R}   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
     sqrt \sqrt   pi \pi   sin \sin   cos \cos   tan \tan   cot \cot   log \log   ln \ln   exp \exp
     arcsin \arcsin   arccos \arccos   arctan \arctan   gcd \gcd   percent %   and ~,~   or ~,~
-    \lor ~,~   \space ~   \sfrac \frac   \mathtt \text   \texttt \text
+    \lor ~,~   \vee ~,~   \land \wedge   \space ~   \sfrac \frac   \mathtt \text   \texttt \text
 """
 DROPPED = r"""
     \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \displaystyle \textstyle \limits
-    \mathbf \boldsymbol \bm \mathit \rm \underline \! \( \)
+    \mathbf \boldsymbol \bm \mathit \rm \bf \underline \middle \! \( \)
 """
 
 
@@ -57,6 +58,9 @@ LATEX_OF = str.maketrans({letter: word + " " for letter, word in table(CHARACTER
 NEW_NAME = table(NAME_TABLE) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
 
 # Spelling: replacements that change no meaning ----------------------------------------------------
+
+ORDER = r"(?:[<>≤≥]|\\[lg](?:t|eq?|eqslant)(?![a-z]))"
+BOTH = r"\1\\wedge "  # x>1 and x<3 is not x>1 or x<3
 
 
 def expand_characters(text: str) -> str:
@@ -91,6 +95,7 @@ def rename(text: str) -> str:
     text = text.replace(">=", "≥").replace("<=", "≤")
     text = re.sub(r"(?<=\d),\\!\s*(?=\d{3})", "{,}", text)  # 1,\! 234 is one number
     text = re.sub(r"\\phantom *(\{[-+]\}|[-+])", "", text)  # an unseen sign, to align numbers
+    text = re.sub(rf"({ORDER}[^,;]*?)(\\text *\{{ *and *\}}|\band\b)(?=[^,;]*?{ORDER})", BOTH, text)
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
     text = re.sub(r"[\s~]+", " ", text).strip()
@@ -101,6 +106,8 @@ def rename(text: str) -> str:
 def read_matrices(text: str) -> str:
     """Write a matrix as [[1,2],[3,4]] and a column as (1,2); a factor in front goes inside."""
     begin, end = r"\begin{matrix}", r"\end{matrix}"
+    text = re.sub(r"\\\\ ?\[[\d.]+ *(pt|ex|em|mm)\]", r"\\\\", text)  # the height of a row
+    text = re.sub(r"\\begin\{cases\}([^&]*?)\\end\{cases\}", read_cases, text)
     text = re.sub(r"[(\[]? ?\\begin\{(array\}\{[^{}]*|[pb]?matrix)\}", lambda _: begin, text)
     text = re.sub(r"\\end\{(array|[pb]?matrix)\} ?[)\]]?", lambda _: end, text)
     *pieces, rest = text.split(end)
@@ -110,6 +117,11 @@ def read_matrices(text: str) -> str:
         factor = re.split("[,=]", before)[-1]
         done += before.removesuffix(factor) + bracket_rows(content, factor.strip())
     return done + rest
+
+
+def read_cases(found: re.Match) -> str:
+    """Write a system without conditions, x=1\\\\y=2, as a list."""
+    return ",".join(row.strip() for row in found[1].split(r"\\") if row.strip())
 
 
 def bracket_rows(content: str, factor: str) -> str:
@@ -127,9 +139,13 @@ def bracket_rows(content: str, factor: str) -> str:
     return "(" + ",".join(rows) + ")"
 
 
+# Words that say the opposite: "is not", "Not the answer:", "isn't".
+DENIAL = r"(?:(?i:\bnot\b)|n['’]t\b)"
+
+
 def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
-    text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
+    text = re.sub(rf"^\\text\{{(?![^{{}}]*{DENIAL})[^{{}}]*(\bis|\bare|:) *\}}", "", text)
     return re.sub(r"\\text\{ *\(?(since|because|where|for any)\b.*", "", text)
 
 
@@ -146,6 +162,7 @@ def read_text(text: str) -> str:
         return found[0]
 
     text = re.sub(r"_\{?\\text\{ *(\w*) *\}\}?", r"_{\1}", text)  # v_{\text{max}}
+    text = re.sub(r"_\{\\(max|min)\}", r"_{\1}", text)
     text = re.sub(r"\\text\{([^{}]*)\}", read, text)
     return re.sub(r"^\\text\{([^{}]*[\d,][^{}]*)\}$", r"\1", text)
 
@@ -153,11 +170,15 @@ def read_text(text: str) -> str:
 def read_numbers(text: str) -> str:
     """Give each kind of number one spelling: 1,234 is 1234, and 3.2E5 is 3.2e5."""
     text = join_thousands(text)
-    text = re.sub(r"\$ *([\d,.{}]*\d)", r"\1\\text{dollar}", text)  # $18.90
+    power = r"(?: *\\(?:times|cdot) *10\^(?:\{-?\d+\}|\d))?"
+    text = re.sub(rf"\$ *(-?[\d,.{{}}]*\d{power})", r"\1\\text{dollar}", text)  # $18.90
+    text = re.sub(r"\\euro *([\d,.{}]*\d)", r"\1\\euro", text)  # €18.90
+    text = text.replace(r"\euro", r"\text{euro}")
     text = re.sub(r"\$ *(?=\\frac)", "", text)
     text = re.sub(r"(?<=\d) *\$", r"\\text{dollar}", text)
     text = re.sub(r" *(%|per cent)", "%", text)
     text = re.sub(r"(?<!\d)0(?=\d:\d\d)", "", text)  # 05:00 is 5:00
+    text = re.sub(r"(?<=\d)(?: to | *\\text\{ *to *\} *)(?=\d)", ":", text)  # 3 to 2 is 3:2
     # 0.\overline{3} is 0.333..., with more digits than any comparison looks at.
     repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
@@ -204,9 +225,13 @@ def add_braces(text: str) -> str:
     text = re.sub(rf"\\sqrt *(\\frac{GROUP}{GROUP})", r"\\sqrt{\1}", text)
     # A fraction of units: m over s is m/s.
     text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
+    text = re.sub(rf"\^ *(\\frac{GROUP}{GROUP})", r"^{\1}", text)
+    text = re.sub(r"(\\sqrt\[\w+\]) *(\w)", r"\1{\2}", text)
+    text = re.sub(r"(\\(?:max|min|gcd)) *\{([^{}]*)\}", r"\1(\2)", text)
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
     # C_n^3 is a binomial, but C_1^2 may be the square of a constant.
     text = re.sub(r"\bC_([a-z]|\{\d+\})\^(\w|\{\d+\})", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\(\\text\{ *mod *\} *(\w+)\)", r"\\mod \1", text)
     text = re.sub(r"\\mod *\{(\w+)\}", r"\\mod \1", text)
     return re.sub(r"\\log_(\w) *", r"\\log_{\1}", text)
 
@@ -225,21 +250,32 @@ REALS = r"\mathbb{R}"
 
 def read_set(text: str) -> str:
     """Write real numbers as intervals, x≠2 as (-∞,2),(2,∞), and x=\\{1,2\\} as the set alone."""
-    if re.fullmatch(r"(\\text\{)?all real numbers\}?", text):
+    if re.fullmatch(r"(?i:(\\text\{)?all real numbers\}?)", text):
         return "(-∞,∞)"
     text = re.sub(r"^[a-z]=(?=\\mathbb)", "", text)
-    hole = re.fullmatch(r"(?:\\mathbb\{R\}\\backslash\{|[a-z]≠)([^{},]*)\}?", text)
-    if hole:
-        return f"(-∞,{hole[1]}),({hole[1]},∞)"
+    without = re.fullmatch(
+        r"(?:\\mathbb\{R\}(?:\\backslash|-)\{|\{?[a-z][|:][a-z]≠|[a-z]≠)([^{}=≠]*)\}?", text
+    )
+    if without:
+        return ",".join(f"({a},{b})" for a, b in pairwise(["-∞", *holes(without[1]), "∞"]))
+    text = re.sub(r",[a-z]=\\mathbb\{Z\}$", "", text)  # the range of the k in 2k\pi
     if text == REALS:
         return "(-∞,∞)"
     if text == "{}":
         return r"\emptyset"
     # x=\{1,2\} and A\cap B=\{1,2\} are the set, but 2x=\{1,2\} and x^2=\{1,4\} are not.
     found = re.fullmatch(r"(\([^()]*\)|[^=,]*)=(\{.*\})", text)
-    if found and not re.search(r"^-|(?<![-_{(\d])\d|\^\d", found[1]):
+    if found and not re.search(rf"^-|(?<![-_{{(\d])\d|\^\d|{DENIAL}", found[1]):
         return found[2]
     return text
+
+
+def holes(text: str) -> list[str]:
+    """Split the numbers that a set leaves out, the smallest first if all are plain numbers."""
+    items = text.split(",")
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", item) for item in items):
+        items.sort(key=float)
+    return items
 
 
 # Brackets and lists -------------------------------------------------------------------------------
@@ -313,7 +349,7 @@ def gives_values(items: list[str]) -> bool:
 
     But x=1,x=2 gives two values to one name, which is a list.
     """
-    names = {item[0] for item in items if re.match("[a-z]=", item)}
+    names = {item[0] for item in items if re.match("[a-zA-Z]=", item)}
     return len(items) > 1 and len(names) == len(items)
 
 
@@ -324,6 +360,10 @@ MIRRORED = {">": "<", "≥": "≤"}
 
 def read_inequality(text: str) -> str:
     """Return 2<x as (2,∞), 3≥x>1 as (1,3] and |x|<1 as (-(1),1); b>a becomes a<b."""
+    if r"\wedge" in text:
+        return intersect([read_inequality(part.strip()) for part in text.split(r"\wedge")], text)
+    if any(c in "<>≤≥" and level > 0 for c, level in zip(text, levels(text), strict=False)):
+        return text  # P(X>4)
     parts = re.split("([<>≤≥])", text)  # 3, ≥, x, > and 1
     upwards = {"<", "≤"} & set(parts)
     downwards = {">", "≥"} & set(parts)
@@ -339,6 +379,16 @@ def read_inequality(text: str) -> str:
     opening = "[" if lower_sign == "≤" else "("
     closing = "]" if upper_sign == "≤" else ")"
     return f"{opening}{lower},{upper}{closing}"
+
+
+def intersect(intervals: list[str], text: str) -> str:
+    """Return [3,5] for [3,∞) and (-∞,5]; the text as it is for what has no such numbers."""
+    ends = "".join(sorted(intervals, key=lambda interval: "-∞" in interval))
+    number = r"-?\d+(?:\.\d+)?"
+    found = re.fullmatch(rf"([\[(]{number}),∞\)\(-∞,({number}[\])])", ends)
+    if found and float(found[1][1:]) < float(found[2][:-1]):
+        return f"{found[1]},{found[2]}"
+    return text
 
 
 def add_bounds(parts: list[str]) -> list[str]:

@@ -15,7 +15,8 @@ UNIT_TABLE = """
     ms millisecond; min minute; h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph;
     degree deg circ; c celsius coulomb;
     f fahrenheit farad; k kelvin; n newton; j joule; w watt; hz hertz; v volt; a amp ampere;
-    pa pascal; mol mole; rad radian; dollar usd; cent; am; pm; unit; / per; squares
+    pa pascal; mol mole; rad radian; dollar usd; euro eur; cent; am; pm; unit; / per; squares;
+    points; roots
 """
 UNITS = {}
 for row in UNIT_TABLE.split(";"):
@@ -33,6 +34,7 @@ NO_UNIT_WORDS = """
     eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth
     ninetieth gross kilo mega giga milli micro repeating recurring to or and not is if but
     only else more less least most than about approx approximately roughly nearly maybe below above
+    divided multiplied wrong incorrect false
 """
 NO_UNIT = set(NO_UNIT_WORDS.split())
 # A unit at the end of a text.
@@ -59,11 +61,14 @@ def split_unit(text: str) -> tuple[str, str]:
     found = UNIT.search(text)
     if found is None or found.start() == 0 or TRIGONOMETRY.search(text):
         return text, ""
+    if re.search(r"n['’]t\b", found[0]):  # 5\text{ isn't the answer}
+        return text, ""
     names = []
     for name in unit_words(found[0]):
         singular = name.removesuffix("s") if len(name) > 2 else name  # ms is not the plural of m
         known = UNITS.get(name) or UNITS.get(singular)
-        if known is None and (name in NO_UNIT or singular in NO_UNIT):
+        is_times = found[0].strip() in (r"\text{times}", r"\text{ times}")  # 3\text{ times}
+        if known is None and (name in NO_UNIT or singular in NO_UNIT) and not is_times:
             return text, ""
         names.append(known or singular)
     value = text[: found.start()]
@@ -78,6 +83,13 @@ def split_unit(text: str) -> tuple[str, str]:
     return value, "".join(names)
 
 
+def same_unit(first: str, second: str) -> bool:
+    """Say whether two units are one: rightTriangle is triangle, but cm is not m."""
+    short, long = sorted((first, second), key=len)
+    is_counted = len(short) > 2 and short not in UNITS.values()
+    return first == second or (is_counted and long.endswith(short))
+
+
 def is_product(value: str, unit: str) -> bool:
     """Say whether a unit is rather a product: \\frac{1}{3}ml^2 and 2\\pi hr are, 5 ml is not."""
     if unit in ("mg", "ml"):
@@ -87,7 +99,7 @@ def is_product(value: str, unit: str) -> bool:
 
 def unit_words(unit: str) -> list[str]:
     """Return the words and powers of a unit: ft 2 for \\text{sq.ft}, and m / s for m s^{-1}."""
-    unit = re.sub(r"\bM(?=([A-Z]|Hz|Pa)\b)", "mega", unit)  # MW is not mW
+    unit = re.sub(r"\bM(?=([A-Z]|Hz|Pa|m)\b)", "mega", unit)  # MW is not mW
     unit = re.sub(r"(\w\w)\.", r"\1 ", unit.lower())  # sq.ft
     unit = re.sub(r"\\text|\\cdot|\.", "", unit)
     unit = unit.replace("''", "in").replace("'", "ft")

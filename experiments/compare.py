@@ -180,8 +180,8 @@ def off_policy_settings(data: str, command: str, num_updates: int) -> list[Setti
 
 
 # Two factors: how old the data is, and what stands in V*'s place. `replay` makes 4 updates, each on
-# a whole rollout. By the rule above it would keep its rate. It gets the rate of 4 updates, because
-# it uses each response 4 times.
+# a whole rollout. By the rule above it would have the rate of 1 update. It gets that of 4 updates,
+# because it uses each response 4 times.
 OFF_POLICY = [
     *off_policy_settings("updates_1", "train_online --updates-per-batch 1", 1),
     *off_policy_settings("updates_4", "train_online --updates-per-batch 4", 4),
@@ -192,8 +192,9 @@ OFF_POLICY = [
 # to about 0, and against 0 to more. The rows of A*-PO have the rate and the KL weight of `mean`, so
 # that nothing but V* and clipping differs.
 # The gradient of A*-PO is proportional to beta2, so that clipping at norm 1 acts only when a run
-# has already collapsed. Half of the norm in early steps is about 0.003 at beta2 = 0.001, and 0.05
-# for GRPO. PPO's lambda is 1 in verl.
+# has already collapsed. 0.003 is about half of its norm in early steps at beta2 = 0.001, and 0.05
+# is less than half of GRPO's. REBEL's norm is above 10, so that clipping at 1 acts in every update.
+# PPO's lambda is 1 in verl.
 CLIPPED = "train_online --max-grad-norm 0.003"
 A_STAR_PO_CONTROLS = [
     Setting("a_star_po_2x_rate", rate_scale=2.0),
@@ -208,6 +209,11 @@ GRPO_CLIPPED = GRPO._replace(
     samples_per_prompt=8,
     tuned_as="grpo_8",
 )
+REBEL_UNCLIPPED = REBEL._replace(
+    method="rebel_unclipped",
+    command=f"{BASELINE} rebel --max-grad-norm inf",
+    tuned_as="rebel",
+)
 PPO_LAMBDA_1 = PPO._replace(
     method="ppo_lambda_1", command=f"{BASELINE} ppo --gae-lambda 1", tuned_as="ppo"
 )
@@ -218,7 +224,10 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
-    "controls": [*as_tuned_for("mean", A_STAR_PO_CONTROLS), GRPO_CLIPPED, PPO_LAMBDA_1],
+    "controls": [
+        *as_tuned_for("mean", A_STAR_PO_CONTROLS),
+        *(GRPO_CLIPPED, REBEL_UNCLIPPED, PPO_LAMBDA_1),
+    ],
     "ablations": as_tuned_for("a_star_po_n8", A_STAR_PO_ABLATIONS),
     "off-policy": as_tuned_for("a_star_po_n8", OFF_POLICY),
     "process": as_tuned_for("a_star_po_n8", PROCESS),  # process.py has the command

@@ -105,7 +105,8 @@ def read_run(folder: Path, values_file: Path, rollout_size: int) -> Run:
     seconds = [values["header"]["seconds"]]
     steps = files.read_jsonl(folder / "metrics.jsonl")
     for step in steps:
-        # process.py samples from the reference as well.
+        # process.py samples from the reference as well. It logs a mean over the responses of the
+        # first update, which stands for all of the step.
         tokens_of_each = step["response_tokens"] + step.get("ref_tokens", 0.0)
         tokens.append(tokens[-1] + tokens_of_each * rollout_size)
         seconds.append(seconds[-1] + step["seconds_total"])

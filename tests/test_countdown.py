@@ -517,7 +517,5 @@ def test_describe_counts_tries_and_repeats(tmp_path, monkeypatch, capsys):
     (tmp_path / "samples.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "argv", ["countdown", "describe", str(tmp_path / "samples.jsonl")])
     countdown.main()
-    assert capsys.readouterr().out.endswith(
-        ': 2 responses, 2.0 tries each; 50.0% end with "enough", 50.0% hit with the first try, '
-        "50.0% repeat a try\n"
-    )
+    out = capsys.readouterr().out
+    assert "2 responses" in out and "2.0 tries" in out and out.count("50.0%") == 3

