@@ -69,7 +69,7 @@ OFFLINE_VALUE = {
     "an unknown activation": ("--model {models}/odd-activation", "nosuch"),
     "tokenizer.json torn": ("--model {models}/torn-tokenizer", "tokenizer"),
     "generation_config.json torn": ("--model {models}/torn-end", "generation_config.json"),
-    "a folder that vLLM cannot name": ("--model {models}/lr[1]", "lr[1]: rename it"),
+    "a folder that vLLM cannot name": ("--model {models}/lr[1]", "/lr[1]: rename it"),
     "a mixture of experts": ("--model {models}/experts", "mixture of experts"),
     "a window that is too short": ("--model {models}/window", "sees 8 tokens"),
     "quantised weights": ("--model {models}/quantised", "quantised"),

@@ -394,7 +394,7 @@ def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch
     prompt = problems.make_prompt(row, PLAIN, make_tokenizer())
     benchmark = evaluate.Benchmark([row], [prompt], 1, 0.0, {}, [])
     with pytest.raises(UserError, match="embedding"):
-        evaluate.start_engine(parse(), [benchmark])
+        evaluate.start_engine(parse("--max-tokens", "5"), [benchmark])
 
 
 def test_a_trained_model_gets_the_template_of_its_training(model: Path) -> None:
@@ -505,7 +505,7 @@ BAD = {  # name: arguments, what the error says
     "missing file": ("--benchmarks {files}/none.jsonl", "none.jsonl"),
     "missing column": ("--benchmarks {files}/column.jsonl", "row 2"),
     "no answer to grade": ("--benchmarks {files}/ungradable.jsonl", "answer that can be graded"),
-    "missing model": ("--model {files}/nothing", "nothing"),
+    "missing model": ("--model {files}/nothing", "/nothing"),
     "no room for a prompt": ("--max-tokens 512", "--max-tokens 512"),
     "negative samples": ("--num-samples=-1", "--num-samples"),
     "negative temperature": ("--temperature=-1", "--temperature"),

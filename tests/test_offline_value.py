@@ -369,7 +369,7 @@ BAD = {  # name: arguments, what the error says
     "missing column": ("--dataset {files}/column.jsonl", "row 2"),
     "torn file": ("--dataset {files}/torn.jsonl", "line 2"),
     "no answer to grade": ("--dataset {files}/ungradable.jsonl", "answer that can be graded"),
-    "missing model": ("--model {files}/nothing", "nothing"),
+    "missing model": ("--model {files}/nothing", "/nothing"),
     "folder without weights": ("--model {files}", "config.json"),
     "beta1 0": ("--beta1 0", "--beta1"),
     "beta1 negative": ("--beta1=-1", "--beta1"),

@@ -384,7 +384,7 @@ def test_checkpointing_runs_each_layer_twice(
     )
     calls = []
     layer = loaded.lm.base_model.layers[0]
-    layer.mlp.register_forward_hook(lambda *arguments: calls.append(1))
+    layer.input_layernorm.register_forward_hook(lambda *arguments: calls.append(1))
     inputs, _ = pack([[1, 2, 3]], [[4, 5]])
     loaded(temperature=1.0, **inputs).sum().backward()
     assert len(calls) == (2 if checkpointing else 1)
