@@ -367,8 +367,10 @@ def draw_rewards(axes: Axes, runs_of: dict[str, list[Run]], cost: str) -> None:
 def title_of(results: list[dict], cost: str, goal: str) -> str:
     """Say in a picture's title which method reached the goal first, and if that is not clear."""
     best = [label_of(method) for method in best_methods(results, f"{cost}_to", goal)]
-    if len(best) not in (1, 2):
+    if not best:
         return f"Reward by {cost}"
+    if len(best) > 2:
+        return f"In {cost} to reward {goal},\nno method is clearly first"
     title = f"Fewest {cost} to reward {goal}: {best[0]}"
     if len(best) == 2:
         title += f",\nnot clearly fewer than {best[1]}"
