@@ -445,7 +445,7 @@ def test_responses_of_all_ranks_come_in_the_order_of_the_requests(
     assert [response.reward for response in responses] == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_a_mistake_on_rank_0_is_raised_on_every_rank(llm: Any) -> None:
+def test_a_mistake_on_rank_0_is_raised(llm: Any) -> None:
     assert engine.on_rank_0(max, 1, 2) == 2
 
     def refuse() -> None:

@@ -18,11 +18,13 @@ def test_v_star_lies_between_the_mean_and_the_best() -> None:
 
 def test_pictures_are_drawn_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = []
+    figures = []
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
     plain_save = pictures.save
 
     def save(figure: pyplot.Figure, name: str) -> None:
         titles.append(figure.axes[0].get_title(loc="left"))
+        figures.append(figure)
         plain_save(figure, name)
 
     monkeypatch.setattr(pictures, "save", save)
@@ -33,5 +35,10 @@ def test_pictures_are_drawn_from_a_run(tmp_path: Path, monkeypatch: pytest.Monke
     pictures.draw_stages()
     pictures.draw_v_star()
     assert "50 %" in titles[0] and "sample" in titles[1]
+    words = " ".join(text.get_text() for text in figures[2].axes[0].texts)
+    for script in ("offline_value.py", "train_online.py", "evaluate.py"):
+        assert script in words
+    curves = [line.get_ydata() for line in figures[3].axes[0].lines]
+    assert any(list(curve) == pytest.approx(pictures.values_by_count(0.5)) for curve in curves)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["stage-1.png", "stages.png", "step-time.png", "v-star.png"]

@@ -1,4 +1,4 @@
-"""The speed experiment: what it compares, counts and draws. No time is asserted anywhere."""
+"""The speed experiment: what it compares, counts and draws. How fast it is is not asserted."""
 
 import json
 from collections.abc import Callable
