@@ -175,9 +175,13 @@ def parse(text: str) -> Any:
 
 # A function whose argument has no brackets: in \ln 3/\ln 2 and \sin x\cdot\cos x it ends before the
 # sign, where the parser would go on.
-CALLED = r"\\(?:sin|cos|tan|sec|csc|cot|ln|log(?:_\{\w+\})?)(?:\^\d)?(?![a-zA-Z])"
-ARGUMENT = r"\d+(?:[a-z]|\\[a-z]+)?|[a-z]|\\[a-z]+"
+CALLED = r"\\(?:sinh?|cosh?|tanh?|sec|csc|cot|ln|log(?:_\{\w+\})?)(?:\^(?:\d|\{\d+\}))?(?![a-zA-Z])"
+FACTOR = (
+    r"\d+(?:\.\d+)?(?:[a-zA-Z]|\\[a-z]+)?|[a-zA-Z]|\\frac\{[^{}]*\}\{[^{}]*\}|\{[^{}]*\}|\\[a-z]+"
+)
+ARGUMENT = rf"(?:{FACTOR})(?:\\cdot\\frac\{{\\pi\}}\{{180\}})?"
 ENDS_ARGUMENT = r"(?:/|\\cdot *|\\times *)(?:\\(?:sin|cos|tan|sec|csc|cot|ln|log)|\w\^)"
+NUMBER = r"[\d.]+|\\frac\{\d+\}\{\d+\}"
 
 
 def in_grammar(text: str) -> str:
@@ -193,13 +197,12 @@ def in_grammar(text: str) -> str:
     text = re.sub(r"\^\\circ", degree, text)
     text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
-    text = re.sub(r"([\d)}])(?=\\binom)", r"\1\\cdot ", text)  # likewise
-    text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac)", r"\1\\cdot ", text)
+    text = re.sub(r"((?<![_^\d])\d+|\))(?=\\binom)", r"\1\\cdot ", text)  # likewise
+    text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac|\\binom)", r"\1\\cdot ", text)
     text = re.sub(rf"({CALLED} *(?:{ARGUMENT}))(?={ENDS_ARGUMENT})", r"(\1)", text)
-    text = re.sub(rf"({TRIGONOMETRY.pattern} *(?:[a-z]|\\[a-z]+))(?=\()", r"(\1)", text)
     text = re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)  # 1{2} is printed as 12
     # The real root, not the first one of the complex ones.
-    text = re.sub(r"\\sqrt\[([3579])\]\{-(\d+)\}", r"(-\\sqrt[\1]{\2})", text)
+    text = re.sub(rf"\\sqrt\[([3579])\]\{{-({NUMBER})\}}", r"(-\\sqrt[\1]{\2})", text)
     accent = r"\\(?:bar|hat|tilde|d?dot|vec) *\{?[a-zA-Z]\}?"
     subscript = r"'*(?:_(?:\w|\{[^{}]*\}))?'*"
     return re.sub(rf"({accent}|\\[a-zA-Z]+|[a-zA-Z]){subscript}", rename_symbol, text)

@@ -24,6 +24,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from apo.math_spelling import (
+    DENIAL,
     expand_characters,
     is_enclosed,
     levels,
@@ -37,7 +38,7 @@ from apo.math_units import same_unit, split_unit
 LONGEST = 500
 DEEPEST = 10
 PERCENT = r"%(?=$|[,)\]=]|\\text)"  # at the end of a value, or before a word
-CHOICE = r"\\text\{\([A-E]\)\}(?=.)"  # \textbf{(C)} 12 is 12, if the answer has no letter
+CHOICE = re.compile(r"\\text\{\(([A-E])\)\}([^A-E]*\d[^A-E]*)")  # \textbf{(C)} 12
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -56,8 +57,11 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
         return False
     gold = spell(gold)
     box = spell(box)
-    if not re.match(CHOICE, gold):
-        box = re.sub(CHOICE, "", box)
+    # \textbf{(C)} 12 is 12, and if the answer is a letter, it is C.
+    choice = CHOICE.fullmatch(box)
+    if choice and not CHOICE.fullmatch(gold):
+        is_letter = re.fullmatch(r"(\\text\{)?\(?[A-E]\)?\}?", gold)
+        box = choice[1] if is_letter else choice[2]
     if max(len(gold), len(box)) > 2 * LONGEST or max(levels(gold + box)) > DEEPEST:
         return False
     verdict = compare(re.sub(PERCENT, "", gold), re.sub(PERCENT, "", box), algebra)
@@ -71,7 +75,7 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
 
 def same_items(gold: str, box: str) -> bool:
     """Say whether two lists without brackets have the same items: 144,233 and 233,144."""
-    return sorted(gold.split(",")) == sorted(box.split(","))
+    return sorted(gold.strip("{}").split(",")) == sorted(box.split(","))
 
 
 def leave_open(gold: str, pred: str) -> None:
@@ -107,8 +111,10 @@ def compare(gold: str, pred: str, algebra: Algebra) -> bool | None:
 def order_by_names(gold: str, pred: str) -> str:
     """Return (5,3) for the response k=3,n=5 to the answer (n,k)=(5,3); any other as it is."""
     found = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
-    values = dict(item.partition("=")[::2] for item in split(pred, ","))
-    if not found or sorted(values) != sorted(found[1].split(",")) or "" in values.values():
+    items = split(pred, ",")
+    values = dict(item.partition("=")[::2] for item in items)
+    is_same = found and len(items) == len(values) and sorted(values) == sorted(found[1].split(","))
+    if not is_same or "" in values.values():
         return pred
     return "(" + ",".join(values[name] for name in found[1].split(",")) + ")"
 
@@ -185,18 +191,25 @@ def is_name(text: str) -> bool:
     return bool(is_letter or is_figure or is_tuple)
 
 
+# f(2), f'(3), f^{-1}(x), f^{(4)}(0), f(\frac{1}{2}) and P(X=2); but p(x-1) may be a product.
+CALL = re.compile(
+    r"""(?:\b[fghpqPE]|\\text\{P\}|\\mathbb\{P\}|\\Pr)'*(?:\^\{(?:-1|\(\d\))\})?
+    \((?:[a-z]|-?[\d.,/]+|\\frac\{\d+\}\{\d+\}|[^()]*[=<>≤≥][^()]*)\)""",
+    re.VERBOSE,
+)
+
+
 def says_what(left_side: str) -> bool:
     """Say whether a left side only says what has the value: x, a_{10}, f(2), \\sin A; but not 2x.
 
     A left side that denies it says something else: \\text{The answer is not }x. But P(\\neg A) and
     \\text{people not in line} do not deny it.
     """
-    outside = re.sub(r"\([^()]*\)", "", left_side)
-    if re.search(r"\\l?not|\\neg|n['’]t\b|(?i:\b(is|are) not\b|\{not\b|\bnot *\})", outside):
+    outside = re.sub(r"\(.*\)", "", left_side)
+    if re.search(rf"\\l?not|\\neg|{DENIAL}", outside):
         return False
-    # f(2), f'(3), f^{-1}(x) and P(X=2); but x(x+1) is a product.
-    without_calls = re.sub(r"\b[fghpPE]'*(\^\{-1\})?\([^()]*\)", "f", left_side)
-    without_indices = re.sub(r"_\{?[\w,]+\}?|(?<=\w)\([-\d,]+\)", "", without_calls)
+    without_calls = CALL.sub("f", left_side)
+    without_indices = re.sub(r"_(\w|\{[^{}]*\})|(?<=\w)\([-\d,]+\)", "", without_calls)
     has_letter = re.search("[a-zA-Z]", without_indices)
     has_number = re.search(r"\d|^-", without_indices)
     return bool(has_letter and not has_number)
@@ -290,7 +303,7 @@ def is_text(text: str) -> bool:
     commands = set(re.findall(r"\\([a-zA-Z]*)", text))
     has_other_sign = re.search(r"""[:#∞%≡≠<>≤≥~$"]""", text)
     # 1 2, the point A1, and ABCD alone or at one side of an equation.
-    has_other_name = re.search(r"\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
+    has_other_name = re.search(r"(?<!\^)\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
     # sympy takes the greatest common divisor of two symbols for 1.
     has_symbolic_gcd = re.search(r"\\gcd *\(?[^()]*[a-zA-Z]", text)
     # The order of a cross product counts.
@@ -304,7 +317,7 @@ def is_text(text: str) -> bool:
 def is_too_large(text: str) -> bool:
     """Say whether a value is too large to compute: 99999!, 9!!, 2^{1000000} or 9^{9^{9^9}}."""
     has_factorial = re.search(r"\d{5} *!|!!|\\binom\D*\d{6}", text)
-    has_power = re.search(r"[\^e]-?\{?\d{7}|(\^\{[^{}]*){2}\^", text)
+    has_power = re.search(r"[\^e]-?\{?\d{6}|(\^\{[^{}]*){2}\^", text)
     return bool(has_factorial or has_power)
 
 

@@ -107,7 +107,7 @@ def read_matrices(text: str) -> str:
     """Write a matrix as [[1,2],[3,4]] and a column as (1,2); a factor in front goes inside."""
     begin, end = r"\begin{matrix}", r"\end{matrix}"
     text = re.sub(r"\\\\ ?\[[\d.]+ *(pt|ex|em|mm)\]", r"\\\\", text)  # the height of a row
-    text = re.sub(r"\\begin\{cases\}([^&]*?)\\end\{cases\}", read_cases, text)
+    text = re.sub(r"\\begin\{(cases|aligned)\}(.*?)\\end\{\1\}", read_cases, text)
     text = re.sub(r"[(\[]? ?\\begin\{(array\}\{[^{}]*|[pb]?matrix)\}", lambda _: begin, text)
     text = re.sub(r"\\end\{(array|[pb]?matrix)\} ?[)\]]?", lambda _: end, text)
     *pieces, rest = text.split(end)
@@ -120,8 +120,11 @@ def read_matrices(text: str) -> str:
 
 
 def read_cases(found: re.Match) -> str:
-    """Write a system without conditions, x=1\\\\y=2, as a list."""
-    return ",".join(row.strip() for row in found[1].split(r"\\") if row.strip())
+    """Write a system that names values, x=1\\\\y=2, as a list; any other as it is."""
+    rows = [row.strip() for row in found[2].split(r"\\") if row.strip()]
+    if not all(re.fullmatch(r"[a-zA-Z](_\w)? *&?=[^=&,]*", row) for row in rows):
+        return found[0]
+    return ",".join(rows).replace("&", "")
 
 
 def bracket_rows(content: str, factor: str) -> str:
@@ -139,14 +142,17 @@ def bracket_rows(content: str, factor: str) -> str:
     return "(" + ",".join(rows) + ")"
 
 
-# Words that say the opposite: "is not", "Not the answer:", "isn't".
-DENIAL = r"(?:(?i:\bnot\b)|n['’]t\b)"
+# Words that say the opposite: "is not", "Not the answer:", "isn't", "Wrong answer:". But "students
+# not in line are" and "who don't are" deny nothing.
+DENIAL = r"""(?xi: \b(?:is|are|can)[ ]?not\b | \{[ ]*not\b | \bnot[ ]*[:}] | n['’]t[ ]*[:}]
+    | \b(?:wrong|incorrect|never|but)\b )"""
 
 
 def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
-    text = re.sub(rf"^\\text\{{(?![^{{}}]*{DENIAL})[^{{}}]*(\bis|\bare|:) *\}}", "", text)
-    return re.sub(r"\\text\{ *\(?(since|because|where|for any)\b.*", "", text)
+    if not re.match(rf"\\text[^}}]*{DENIAL}", text):
+        text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
+    return re.sub(r"\\text\{ *\(?(since|because|where|for (any|all|every|some))\b.*", "", text)
 
 
 def read_text(text: str) -> str:
@@ -239,7 +245,7 @@ def add_braces(text: str) -> str:
 def tighten(text: str) -> str:
     """Drop what changes nothing: most spaces, the sign of +5, a full stop at the end."""
     text = text.replace("**", "^")
-    text = re.sub(r"\^ *\{?\\circ\}?", r"^\\circ ", text)
+    text = re.sub(r"\^ *(\{ *\\circ *\}|\\circ)", r"^\\circ ", text)
     text = re.sub(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "", text)  # all but 1 2 and \sin x
     text = re.sub(r"(?<![\w)}\]!|'])\+", "", text)
     return text.lstrip("=").rstrip("\\ .,;:")
@@ -253,11 +259,17 @@ def read_set(text: str) -> str:
     if re.fullmatch(r"(?i:(\\text\{)?all real numbers\}?)", text):
         return "(-∞,∞)"
     text = re.sub(r"^[a-z]=(?=\\mathbb)", "", text)
+    text = re.sub(r"^[a-z]=\\mathbb\{R\},(?=[a-z]≠)", "", text)
+    text = re.sub(r"^(([a-z])≠[^≠]*),\2≠(?=[^≠]*$)", r"\1,", text)  # x≠2,x≠3
     without = re.fullmatch(
-        r"(?:\\mathbb\{R\}(?:\\backslash|-)\{|\{?[a-z][|:][a-z]≠|[a-z]≠)([^{}=≠]*)\}?", text
+        r"[a-z]≠([^=≠]*)"
+        r"|(?:\\mathbb\{R\}|\(-∞,∞\))(?:\\backslash|-)\{([^=≠]*)\}"
+        r"|\{[a-z](?:=\\mathbb\{R\})?[|:][a-z]≠([^=≠]*)\}",
+        text,
     )
     if without:
-        return ",".join(f"({a},{b})" for a, b in pairwise(["-∞", *holes(without[1]), "∞"]))
+        bounds = ["-∞", *holes(without[without.lastindex]), "∞"]
+        return ",".join(f"({a},{b})" for a, b in pairwise(bounds))
     text = re.sub(r",[a-z]=\\mathbb\{Z\}$", "", text)  # the range of the k in 2k\pi
     if text == REALS:
         return "(-∞,∞)"
@@ -328,11 +340,19 @@ def split_list(text: str) -> list[str]:
         if rule[1] not in (None, REALS, "R"):
             items.append(rule[1])  # of whole numbers it is another set
     for part in split(text, ","):
-        items += both_signs(part)
+        for condition in split_conditions(part):
+            items += both_signs(condition)
     if gives_values(items):
         values = [item[2:] for item in sorted(items)]
         return ["(" + ",".join(values) + ")"]
     return [without_brackets(read_inequality(item)) for item in items]
+
+
+def split_conditions(text: str) -> list[str]:
+    """Split x>1\\wedge y<3, conditions on different variables; x>1\\wedge x<3 stays."""
+    conditions = [condition.strip() for condition in text.split(r"\wedge")]
+    names = [set(re.findall(r"\\?[a-zA-Z]+", condition)) for condition in conditions]
+    return [text] if all(name == names[0] for name in names) else conditions
 
 
 def both_signs(text: str) -> list[str]:
@@ -349,7 +369,7 @@ def gives_values(items: list[str]) -> bool:
 
     But x=1,x=2 gives two values to one name, which is a list.
     """
-    names = {item[0] for item in items if re.match("[a-zA-Z]=", item)}
+    names = {item[0] for item in items if re.match("[a-z]=", item)}
     return len(items) > 1 and len(names) == len(items)
 
 

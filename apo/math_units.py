@@ -34,7 +34,7 @@ NO_UNIT_WORDS = """
     eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth
     ninetieth gross kilo mega giga milli micro repeating recurring to or and not is if but
     only else more less least most than about approx approximately roughly nearly maybe below above
-    divided multiplied wrong incorrect false
+    divided multiplied wrong incorrect false cannot never excluded except basis bn
 """
 NO_UNIT = set(NO_UNIT_WORDS.split())
 # A unit at the end of a text.
@@ -61,14 +61,15 @@ def split_unit(text: str) -> tuple[str, str]:
     found = UNIT.search(text)
     if found is None or found.start() == 0 or TRIGONOMETRY.search(text):
         return text, ""
-    if re.search(r"n['’]t\b", found[0]):  # 5\text{ isn't the answer}
+    # 5\text{ isn't the answer} and 5\text{ square roots}
+    if re.search(r"n['’]t\b|\b(square|cube) (root|point)s", found[0]):
         return text, ""
     names = []
     for name in unit_words(found[0]):
         singular = name.removesuffix("s") if len(name) > 2 else name  # ms is not the plural of m
         known = UNITS.get(name) or UNITS.get(singular)
-        is_times = found[0].strip() in (r"\text{times}", r"\text{ times}")  # 3\text{ times}
-        if known is None and (name in NO_UNIT or singular in NO_UNIT) and not is_times:
+        is_counted = re.fullmatch(r"\\text\{ *(times|point|root) *\}", found[0].strip())
+        if known is None and (name in NO_UNIT or singular in NO_UNIT) and not is_counted:
             return text, ""
         names.append(known or singular)
     value = text[: found.start()]
@@ -80,14 +81,15 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     if found[0].startswith("'") and not re.fullmatch(r"-?[\d./]+", value):  # x_1' is a name
         return text, ""
-    return value, "".join(names)
+    return value, re.sub(r" ?([/\d]) ?", r"\1", " ".join(names))  # right triangle, but m/s2
 
 
 def same_unit(first: str, second: str) -> bool:
-    """Say whether two units are one: rightTriangle is triangle, but cm is not m."""
+    """Say whether two units are one: right triangle is triangle, but cm/s is not m/s."""
     short, long = sorted((first, second), key=len)
-    is_counted = len(short) > 2 and short not in UNITS.values()
-    return first == second or (is_counted and long.endswith(short))
+    words = long.split()
+    is_counted = all(word.isalpha() and word not in UNITS.values() for word in words)
+    return first == second or (is_counted and long.endswith(f" {short}"))
 
 
 def is_product(value: str, unit: str) -> bool:
