@@ -255,7 +255,9 @@ def make(
 ) -> tuple[Algorithm, int]:
     """Make an algorithm, and say how many responses it has per prompt."""
     samples = baselines.METHODS[method].samples_per_prompt
-    args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, beta2=0.001, resume=False)
+    args = argparse.Namespace(lr=1e-3, samples_per_prompt=None, resume=False)
+    args.beta1 = None
+    args.beta2 = None  # the default, for methods that have it
     args.method = method
     args.kl_weight = kl_weight
     args.gae_lambda = gae_lambda
