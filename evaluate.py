@@ -107,9 +107,7 @@ def score(records: list[dict]) -> dict:
     rest is over samples.
     """
     # Samples of one problem are alike, so the standard error is over problems, not over samples.
-    rewards_of = {}
-    for record in records:
-        rewards_of.setdefault(record["id"], []).append(record["reward"])
+    rewards_of = by_problem(records, [record["reward"] for record in records])
     problem_means = [statistics.mean(rewards) for rewards in rewards_of.values()]
     stderr = 0.0
     if len(problem_means) > 1:
@@ -119,12 +117,9 @@ def score(records: list[dict]) -> dict:
 
     # What did not finish was never scored, so it is scored here.
     unfinished = [record for record in records if not record["finished"]]
-    any_end_of = {}
-    for record in records:
-        if record["finished"]:
-            any_end_of.setdefault(record["id"], []).append(record["reward"])
-    for record, reward in zip(unfinished, grade_outputs(unfinished), strict=True):
-        any_end_of.setdefault(record["id"], []).append(reward)
+    finished = [record for record in records if record["finished"]]
+    rewards_any_end = [record["reward"] for record in finished] + grade_outputs(unfinished)
+    any_end_of = by_problem(finished + unfinished, rewards_any_end)
     any_end_means = [statistics.mean(rewards) for rewards in any_end_of.values()]
     return {
         "num_problems": len(rewards_of),
@@ -136,6 +131,14 @@ def score(records: list[dict]) -> dict:
         "truncated": len(unfinished) / len(records),
         "mean_any_end": statistics.mean(any_end_means),
     }
+
+
+def by_problem(records: list[dict], rewards: list[float]) -> dict[str, list[float]]:
+    """Return the rewards of these records by the problem's id."""
+    rewards_of = {}
+    for record, reward in zip(records, rewards, strict=True):
+        rewards_of.setdefault(record["id"], []).append(reward)
+    return rewards_of
 
 
 def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, float]:
