@@ -7,8 +7,8 @@ drawn at temperature 1: this we chose ourselves. What is printed:
 - mean: the mean reward in percent, with its standard error over the problems. With rewards of 0 and
   1 it is the accuracy. A response that does not end within --max-tokens counts as wrong, as in
   training.
-- any end: the mean reward with that rule waived, over all samples. Base models
-  often ramble on after the answer.
+- any end: the same mean if truncated responses are graded, too. Base models often go on after the
+  answer.
 - truncated: the fraction of responses that did not end.
 - pass@k: the chance that at least one of k samples is right, estimated without bias from all n.
 
@@ -200,8 +200,6 @@ def grade_file(path: Path) -> dict:
     records = []
     for number, row in enumerate(problems.read_rows(path), start=1):
         where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not an object: {row!r:.60}")
         if not isinstance(row.get("output"), str):
             raise UserError(f'{where} has no text "output": {row!r:.60}')
         if "answer" not in row:
@@ -378,17 +376,20 @@ def load_benchmarks(args: argparse.Namespace, trained_with: dict) -> dict[str, B
                 f"two benchmarks are called {short_name}: score them apart, each with its own --out"
             )
         results = Path(args.out, f"{short_name}.jsonl")
+        files.check_writable(results)
         if results.resolve() == Path(name).resolve():
             raise UserError(f"the results of {name} would replace it: give another --out")
         name_of[short_name] = name
         rows_of[short_name] = problems.load_problems(name, "test")[: args.limit or None]
 
-    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
+    folder = files.model_folder(args.model)
+    tokenizer = problems.load_tokenizer(folder)
+    vocabulary_size = self_check.vocabulary_size(folder)
     benchmarks = {}
     for short_name, name in name_of.items():
-        benchmarks[short_name] = make_benchmark(
-            name, rows_of[short_name], args, trained_with, tokenizer
-        )
+        benchmark = make_benchmark(name, rows_of[short_name], args, trained_with, tokenizer)
+        problems.check_prompts(benchmark.prompts, vocabulary_size, tokenizer)
+        benchmarks[short_name] = benchmark
     return benchmarks
 
 
@@ -476,15 +477,13 @@ def start_engine(args: argparse.Namespace, benchmarks: list[Benchmark]) -> Any:
     for benchmark in benchmarks:
         prompts += benchmark.prompts
     longest_prompt = max(len(prompt.ids) for prompt in prompts)
-    llm = engine.start_engine(
+    return engine.start_engine(
         args.model,
         longest_prompt + args.max_tokens,
         args.seed,
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
     )
-    problems.check_prompts(prompts, engine.vocabulary_size(llm), llm.get_tokenizer())
-    return llm
 
 
 def sample_benchmark(
@@ -553,10 +552,21 @@ def sample_missing(
     return done
 
 
+def refuse_other_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UserError if another flag stands beside --grade: it would have no effect."""
+    for name, value in vars(args).items():
+        if name != "grade" and value != parser.get_default(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect beside --grade: leave it out"
+            )
+
+
 def main() -> None:
     """Check, sample, score, save, print."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.grade is not None:
+        refuse_other_flags(args, parser)
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
     # What needs no engine is checked before it starts.

@@ -32,6 +32,7 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     float32 and float64 rewards give V* in their own dtype, all other dtypes give float32. Raises
     ValueError unless beta1 > 0, rewards are (P, N) and N >= 1.
     """
+    beta1 = float(beta1)  # torch takes no whole number above 2^63
     if not beta1 > 0:
         raise ValueError(f"need beta1 > 0, not {beta1}")
     if rewards.ndim != 2 or rewards.shape[1] == 0:
@@ -61,6 +62,7 @@ def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
 
     Raises ValueError in the same cases as `optimal_value`, and returns the same dtype.
     """
+    beta1 = float(beta1)
     v_star = optimal_value(rewards, beta1)
     extremes = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device=rewards.device)
     smoothed = torch.cat([rewards.double(), extremes.expand(len(rewards), 2)], dim=1)

@@ -156,8 +156,8 @@ def make_header(
 ) -> dict:
     """Describe the run, and sum it up over all prompts.
 
-    `seconds` count from when this script was started last, the engine's start included. After a
-    continued run, tokens_per_second is therefore too high.
+    `seconds` count from when this process joined the others, the engine's start included. After a
+    continued run they are those of the last start, so that tokens_per_second is too high.
     """
     # The flags come first: a person reads in them how to make the file again.
     header = vars(args) | identity
@@ -206,11 +206,13 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     counts = [len(entry["rewards"]) for entry in entries]
     num_prompts = len(entries)
     if min(counts) == max(counts):
-        n = counts[0]
-        highest = n
+        n = f"{counts[0]}"
+        solved = f"pass@{n}"
+        highest = counts[0]
         title = f"prompts by the number right of {n}:"
     else:
         n = f"{min(counts)} to {max(counts)}"
+        solved = "solved at least once"
         highest = 10
         title = f"prompts by the share of their {n} responses that is right, in tenths:"
     rates = success_rates(entries)
@@ -224,7 +226,7 @@ def print_summary(header: dict, entries: list[dict]) -> None:
     )
     print(
         f"pass@1 {sum(rates) / num_prompts:.1%}  "
-        f"pass@{n} {sum(rate > 0 for rate in rates) / num_prompts:.1%}  "
+        f"{solved} {sum(rate > 0 for rate in rates) / num_prompts:.1%}  "
         f"all wrong {rates.count(0) / num_prompts:.1%}  "
         f"all right {rates.count(1) / num_prompts:.1%}  "
         f"truncated {header['truncated'] / sum(counts):.1%}"
@@ -276,21 +278,23 @@ def is_finished(out: Path, identity: dict) -> bool:
     return True
 
 
-def fitting_prompts(llm: Any, rows: list[dict], style: PromptStyle, longest: int) -> list[Prompt]:
-    """Make the prompts of all rows, and leave out those of more than `longest` tokens.
+def fitting_prompts(args: argparse.Namespace, rows: list[dict], style: PromptStyle) -> list[Prompt]:
+    """Make the prompts of all rows, and leave out those of more than --max-prompt-tokens.
 
     They are left out and not cut: V* of half a question would be worth nothing. Raises UserError if
-    none is left, or if the model cannot continue one of them.
+    none is left, if the tokenizer is damaged or has no chat template and needs one, or if the model
+    cannot continue one of them.
     """
-    tokenizer = llm.get_tokenizer()
+    folder = files.model_folder(args.model)
+    tokenizer = problems.load_tokenizer(folder)
     prompts = []
     for row in rows:
         prompt = problems.make_prompt(row, style, tokenizer)
-        if len(prompt.ids) <= longest:
+        if len(prompt.ids) <= args.max_prompt_tokens:
             prompts.append(prompt)
     if not prompts:
-        raise UserError(f"no prompt fits into --max-prompt-tokens {longest}")
-    problems.check_prompts(prompts, engine.vocabulary_size(llm), tokenizer)
+        raise UserError(f"no prompt fits into --max-prompt-tokens {args.max_prompt_tokens}")
+    problems.check_prompts(prompts, self_check.vocabulary_size(folder), tokenizer)
     return prompts
 
 
@@ -356,7 +360,7 @@ def main() -> None:
     elif args.max_value_samples == 0:
         raise UserError("--value-error is for --max-value-samples: give that, too")
 
-    # 1. The rows of the prompts. What needs no engine is checked before it starts.
+    # 1. The prompts. What needs no engine is checked before it starts.
     files.check_writable(args.out)
     loaded = problems.load_problems(args.dataset, "train")[: args.limit or None]
     rows, reasons = problems.keep_gradable(args.dataset, loaded)
@@ -365,9 +369,7 @@ def main() -> None:
         template, args.chat_template, args.system_prompt, args.chat_template_kwargs
     )
     max_model_len = check_context(args)
-    # A damaged tokenizer, or a missing chat template, shows here, before the engine starts.
-    tokenizer = problems.load_tokenizer(files.model_folder(args.model))
-    problems.make_prompt(rows[0], style, tokenizer)
+    prompts = fitting_prompts(args, rows, style)
 
     # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks
     # runs from the top and reaches this line, too. From here on they work together.
@@ -383,7 +385,7 @@ def main() -> None:
     if engine.on_rank_0(is_finished, out, identity):
         return
 
-    # One engine for each rank. It has the tokenizer, so the prompts can be made and measured now.
+    # One engine for each rank.
     llm = engine.start_engine(
         args.model,
         max_model_len,
@@ -395,7 +397,6 @@ def main() -> None:
     if engine.on_rank_0(is_finished, out, identity):
         engine.stop_engine(llm)
         return
-    prompts = fitting_prompts(llm, rows, style, args.max_prompt_tokens)
     # What stage 2 could not train is refused now, and not after hours of sampling.
     responses = self_check.sample_for_check(llm, prompts)
     engine.on_rank_0(self_check.check_model, files.model_folder(args.model), responses)

@@ -60,9 +60,10 @@ from apo.policy import (
     make_micro_batches,
     remove_old_checkpoints,
     save_checkpoint,
+    save_final_model,
 )
 from apo.problems import Prompt
-from apo.run_folder import HAS_CHECKPOINTS, RunLog, open_run
+from apo.run_folder import HAS_CHECKPOINTS, RunLog, is_failed_start, open_run
 from apo.values import Values, load_values, make_prompts
 
 EXAMPLES = """examples:
@@ -88,7 +89,7 @@ class Algorithm(NamedTuple):
     # statistics by name, (B,) each. The update minimises the mean over all sequences; `token_mean`
     # in experiments/baselines.py makes it a mean over all tokens. Statistics are reported for
     # the first update of a step only, because there the policy is still the one that sampled. Other
-    # shapes are refused, and so is a name that is taken, such as "reward" or "adv".
+    # shapes are refused, and so are names in METRIC_NAMES.
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
     # Adds to Response.numbers of all responses of a step, for example an advantage. It is then in
     # MicroBatch.numbers under the same name. The list holds the --samples-per-prompt responses to
@@ -100,10 +101,6 @@ class Algorithm(NamedTuple):
     # Keep this many responses to a prompt in one micro-batch, for a loss that compares them. A
     # method that compares them in `credit`, such as GRPO, leaves it at 1.
     group_size: int = 1
-    # True: every response keeps the sampler's log-probs, in MicroBatch.sampler_logp, for a loss
-    # that corrects for the sampler. False: only the responses of the first update do. That is
-    # enough for logprob_gap, and sampling is faster.
-    all_sampler_logp: bool = False
 
 
 def a_star_po(beta2: float) -> Algorithm:
@@ -125,15 +122,33 @@ def a_star_po(beta2: float) -> Algorithm:
     return Algorithm(loss)
 
 
-# What `update` and `train` report themselves. `summarize` reports others, see `add_metrics`.
-RESERVED_NAMES = {
-    *("loss", "grad_norm", "logprob_gap", "kl_per_token", "peak_gib"),
-    *("seconds_update", "seconds_sync", "seconds_total", "eval_accuracy"),
+# The metrics of every step. A loss may not return a statistic with such a name.
+METRIC_NAMES = {
+    "step",
+    "lr",
+    "loss",
+    "reward",
+    "v_star",
+    "adv",
+    "kl_per_token",
+    "grad_norm",
+    "logprob_gap",
+    "response_tokens",
+    "truncated",
+    "seconds_generate",
+    "seconds_grade",
+    "seconds_ref",
+    "seconds_update",
+    "seconds_sync",
+    "seconds_total",
+    "tokens_per_second",
+    "peak_gib",
+    "eval_accuracy",
 }
 
 
 def update(
-    policy: torch.nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     updates: list[list[MicroBatch]],
     loss_function: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]],
@@ -141,10 +156,10 @@ def update(
 ) -> dict[str, float]:
     """Make one optimizer step for each update; all ranks must call it together.
 
-    `updates` has the micro-batches of each update. `policy` may be any module that takes a
-    micro-batch's inputs and is sharded (`shard` in policy.py), such as a critic: the loss function
-    gets what it returns. A gradient whose norm is above `max_grad_norm` is scaled down to it.
-    Returns:
+    `model` is the policy, or another module that takes a micro-batch's inputs and is sharded
+    (`shard` in policy.py), such as a critic: the loss function gets what it returns. `updates` has
+    the micro-batches of each update. A gradient whose norm is above `max_grad_norm` is scaled down
+    to it. Returns:
 
     - "loss" and "grad_norm" (before clipping): means over the updates;
     - each statistic of the loss function: its mean over the sequences;
@@ -160,7 +175,7 @@ def update(
     grad_norm = 0.0
     for number, batches in enumerate(updates):
         for batch in batches:
-            output = policy(**batch.inputs)
+            output = model(**batch.inputs)
             sequence_losses, statistics = loss_function(batch, output)
             check_loss(batch, sequence_losses, statistics)
             # The mean over all sequences of the update, whatever the split into micro-batches. A
@@ -178,35 +193,33 @@ def update(
                 add_sums(sums, batch, output.detach())
         # The norm of the gradient, over the slices of all ranks. FSDP's tensors are DTensors: each
         # rank holds its slice, and full_tensor() puts the slices of all ranks together.
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         grad_norm += norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
 
     # One message for all sums; every rank has the same names in the same order.
-    totals = torch.stack(list(sums.values()))
-    dist.all_reduce(totals)
-    metrics = dict(zip(sums, totals.tolist(), strict=True))
-    metrics["grad_norm"] = grad_norm.item() / len(updates)
-    # The statistics and logprob_gap are sums so far. kl_per_token needs the sum of the
-    # log-ratios, so it is computed before the `for` below turns that sum into a mean.
-    if "logratio" in metrics:
-        metrics["kl_per_token"] = metrics["logratio"] / first.num_tokens
-    if "logprob_gap" in metrics:
-        metrics["logprob_gap"] /= first.num_tokens
+    stacked = torch.stack(list(sums.values()))
+    dist.all_reduce(stacked)
+    totals = dict(zip(sums, stacked.tolist(), strict=True))
+    metrics = {"loss": totals["loss"], "grad_norm": grad_norm.item() / len(updates)}
     for name in first.statistics:
-        metrics[name] /= first.num_sequences
+        metrics[name] = totals[name] / first.num_sequences
+    if "logratio" in totals:
+        metrics["kl_per_token"] = totals["logratio"] / first.num_tokens
+    if "logprob_gap" in totals:
+        metrics["logprob_gap"] = totals["logprob_gap"] / first.num_tokens
     return metrics
 
 
 def check_loss(batch: MicroBatch, sequence_losses: Tensor, statistics: dict[str, Tensor]) -> None:
     """Check what a loss function returned for a micro-batch.
 
-    Raises ValueError for a name that is taken, and unless there is one number for each sequence.
+    Raises ValueError for a name in METRIC_NAMES, and unless there is one number for each sequence.
     Without this check, a mean, or one number for each token, would be trained on as well, with
     another scale.
     """
-    taken = RESERVED_NAMES & statistics.keys()
+    taken = METRIC_NAMES & statistics.keys()
     if taken:
         raise ValueError(f"the log has its own {sorted(taken)}: rename the statistic")
     for name, values in {"loss": sequence_losses, **statistics}.items():
@@ -236,9 +249,8 @@ class TrainingData:
     """What a run is trained and evaluated on, checked."""
 
     values: Values
-    entries: list[dict]  # the prompts of the values file that are used
     v_star: dict[str, float]  # by the prompt's id
-    prompts: list[Prompt]  # one for each entry
+    prompts: list[Prompt]
     eval_rows: list[dict]
     eval_prompts: list[Prompt]
     notes: list[str]  # sentences on the evaluation set, to be printed
@@ -283,12 +295,15 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         # 1. x ~ D: the next prompts of this epoch.
         prompts = next_batch(run.prompts, args.batch_size, args.seed, step)
-        requests = make_requests(prompts, args, step, algorithm.all_sampler_logp)
+        requests = make_requests(prompts, args, step)
 
-        # 2. y ~ pi_t(. | x), and 3. r(x, y). Each rank samples its share of the requests, and
-        # grading runs beside the sampling. After `gather` every rank has all responses.
+        # 2. y ~ pi_t(. | x). Each rank samples its share of the requests. Grading starts as soon as
+        # a response has ended, and runs beside the sampling.
         with timed(metrics, "seconds_generate"):
             sampled = list(engine.sample(run.llm, requests, temperature, max_tokens))
+
+        # 3. r(x, y). After `gather` every rank has all responses with their rewards, and each
+        # response gets V* of its prompt.
         with timed(metrics, "seconds_grade"):
             responses = engine.gather(sampled)
             # Sleep mode is for GPUs on which trainer and KV cache do not fit together: the cache's
@@ -309,10 +324,9 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         with timed(metrics, "seconds_update"):
             if algorithm.prepare is not None:
                 algorithm.prepare(run.policy, updates)
-            of_update = update(
+            metrics |= update(
                 run.policy, run.optimizer, updates, algorithm.loss, args.max_grad_norm
             )
-            add_metrics(metrics, of_update)
             metrics["peak_gib"] = used_memory()
 
         # 6. pi_{t+1} into the engine.
@@ -322,7 +336,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
 
         # The step ends here. What follows is not counted in its seconds.
         metrics["seconds_total"] = time.perf_counter() - start
-        add_metrics(metrics, summarize(responses, metrics["seconds_total"]))
+        metrics |= summarize(responses, metrics["seconds_total"])
         check_metrics(metrics, temperature)
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
@@ -339,19 +353,11 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
     finish(run, args, stopped_by)
 
 
-def add_metrics(metrics: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add more metrics to those of a step; ValueError if a name is taken."""
-    twice = metrics.keys() & more.keys()
-    if twice:
-        raise ValueError(f"two metrics have the same name: {', '.join(sorted(twice))}")
-    metrics.update(more)
-
-
 @contextlib.contextmanager
 def timed(metrics: dict[str, Any], name: str) -> Iterator[None]:
     """Measure the seconds of a block as metrics[name].
 
-    A GPU works behind Python's back, so the clock is read when it has caught up.
+    A GPU runs its kernels while Python goes on, so the end of the block waits for them.
     """
     start = time.perf_counter()
     yield
@@ -376,16 +382,14 @@ def next_batch(prompts: list[Prompt], batch_size: int, seed: int, step: int) -> 
     return shuffled[batch * batch_size : (batch + 1) * batch_size]
 
 
-def make_requests(
-    prompts: list[Prompt], args: argparse.Namespace, step: int, all_logprobs: bool
-) -> list[Request]:
+def make_requests(prompts: list[Prompt], args: argparse.Namespace, step: int) -> list[Request]:
     """Ask for --samples-per-prompt responses of each prompt, each with its own seed.
 
-    The responses of a prompt follow each other. The sampler's log-probs are asked for the first
-    update's responses, or for all of them.
+    The responses of a prompt follow each other. Those of the first update come with the sampler's
+    log-probs, for logprob_gap.
     """
     num_requests = len(prompts) * args.samples_per_prompt
-    num_logprobs = num_requests if all_logprobs else num_requests // args.updates_per_batch
+    num_logprobs = num_requests // args.updates_per_batch
     requests = []
     for prompt in prompts:
         for number in range(args.samples_per_prompt):
@@ -455,8 +459,8 @@ def evaluate(run: Run, max_tokens: int) -> float:
 def used_memory() -> float:
     """Return the GiB in use on this GPU; without one, the largest memory of this process so far.
 
-    Right after an update, torch still holds the memory of the update's peak. The driver is asked,
-    since torch counts the engine's cache as allocated even after its release.
+    Right after an update, torch still holds the memory of the update's peak. The number is the
+    driver's: torch would count the engine's cache as allocated even after its release.
     """
     if ON_GPU:
         free, total = torch.cuda.mem_get_info()
@@ -517,7 +521,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
         folder = Path(args.out, "final")
         # A run may be resumed with fewer steps than it has made.
         step = max(run.last_step, args.num_steps)
-        save_checkpoint(folder, step, run.policy, None, run.reference_folder)
+        save_final_model(folder, step, run.policy, run.reference_folder)
     if dist.get_rank() == 0:
         command_line.print_line(f"grading: {math_reward.counts}")
         run.log.finish_tracker()
@@ -531,7 +535,10 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
 
 
 def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> Run | None:
-    """Take the run's folder, start the engine, load the models; None if the run is finished."""
+    """Take the run's folder, start the engine, load and check the models.
+
+    Returns None if the run is finished.
+    """
     log = RunLog(Path(args.out), args.num_steps)
     config = make_config(args, data, algorithm)
     progress = engine.on_rank_0(open_run, config, log)
@@ -546,26 +553,9 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
 
     if args.tracker:
         engine.on_rank_0(log.start_tracker, args.tracker, config)
-    header = data.values.header
-    longest = header["max_prompt_tokens"] + header["max_tokens"]
-    reference = files.model_folder(header["model"])
     # The engine comes first, while no trainer memory is in its way.
-    memory = memory_budget.plan_memory(args, reference, longest)
-    llm = engine.start_engine(
-        header["model"],
-        longest,
-        args.seed,
-        tensor_parallel_size=args.tensor_parallel_size,
-        # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
-        enable_prefix_caching=False,
-        # It starts with random weights. All come from the policy, so that a tensor that does not
-        # arrive shows in `check_policy`.
-        load_format="dummy",
-        **memory,
-    )
-    all_prompts = data.prompts + data.eval_prompts
-    problems.check_prompts(all_prompts, engine.vocabulary_size(llm), llm.get_tokenizer())
-
+    reference = files.model_folder(data.values.header["model"])
+    llm = start_engine(args, data, reference)
     # As in every step, the cache makes room for the trainer. Loading AdamW's state takes memory for
     # gradients, too.
     engine.release_cache(llm)
@@ -577,14 +567,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         load_optimizer(progress.checkpoint, policy, optimizer)
     policy.load_into(llm)
     engine.restore_cache(llm)
-
-    # Do the policy, the engine and transformers agree on some responses?
-    responses = self_check.sample_for_check(llm, data.prompts)
-    engine.release_cache(llm)
-    self_check.check_policy(policy, responses)
-    engine.restore_cache(llm)
-    if progress.checkpoint is None:  # the engine has the reference's weights
-        engine.on_rank_0(self_check.check_model, reference, responses)
+    compare_logprobs(llm, policy, data.prompts, None if progress.checkpoint else reference)
 
     return Run(
         log=log,
@@ -597,6 +580,43 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         reference_folder=reference,
         last_step=progress.step,
     )
+
+
+def start_engine(args: argparse.Namespace, data: TrainingData, reference: Path) -> Any:
+    """Start the engine with random weights and a KV cache as large as a step needs.
+
+    All weights come from the policy later, so that a tensor that does not arrive shows in
+    `compare_logprobs`.
+    """
+    header = data.values.header
+    longest = header["max_prompt_tokens"] + header["max_tokens"]
+    memory = memory_budget.plan_memory(args, reference, longest)
+    return engine.start_engine(
+        header["model"],
+        longest,
+        args.seed,
+        tensor_parallel_size=args.tensor_parallel_size,
+        # Without a prefix cache, a resumed run samples exactly what an unbroken run samples.
+        enable_prefix_caching=False,
+        load_format="dummy",
+        **memory,
+    )
+
+
+def compare_logprobs(
+    llm: Any, policy: Policy, prompts: list[Prompt], reference: Path | None
+) -> None:
+    """Check that the engine, the policy and transformers give some responses the same ln pi.
+
+    `reference` is the folder of the model whose weights the policy has; None if it has those of a
+    checkpoint, and then transformers is left out. Raises UserError for a difference.
+    """
+    responses = self_check.sample_for_check(llm, prompts)
+    engine.release_cache(llm)
+    self_check.check_policy(policy, responses)
+    engine.restore_cache(llm)
+    if reference is not None:
+        engine.on_rank_0(self_check.check_model, reference, responses)
 
 
 def load_models(
@@ -643,29 +663,44 @@ def make_config(args: argparse.Namespace, data: TrainingData, algorithm: Algorit
         config[name] = data.values.header[name]
     config |= data.values.style.settings()
     config["values_digest"] = data.values.digest
-    config["eval_digest"] = files.content_digest(data.eval_rows)
+    # Without the ids, which a file that has none gets from its name.
+    eval_rows = [row | {"id": None} for row in data.eval_rows]
+    config["eval_digest"] = files.content_digest(eval_rows)
     # The function that made the loss: "a_star_po" for a_star_po.<locals>.loss.
     config["algorithm_name"] = algorithm.loss.__qualname__.split(".")[0]
     return config
 
 
 def check(args: argparse.Namespace) -> TrainingData:
-    """Check the flags, fill in defaults from the values file, load the data, and compute V*.
+    """Check the flags and load the data, before anything starts.
 
-    All this is done before anything starts. Raises UserError for the user's first mistake.
+    Raises UserError for the user's first mistake.
     """
+    check_flags(args)
+    return load_data(args)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work, whatever the values file holds."""
     if args.batch_size % args.updates_per_batch != 0:
         raise UserError(
             f"--updates-per-batch {args.updates_per_batch} does not divide --batch-size "
             f"{args.batch_size}"
         )
     files.check_writable(args.out, is_folder=True)
-    if not args.resume and any(Path(args.out).glob("*")):
+    is_new = not any(Path(args.out).glob("*")) or is_failed_start(Path(args.out))
+    if not args.resume and not is_new:
         raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
     if args.tracker and not command_line.is_installed(args.tracker):
         raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
     lora.check(args.lora_rank, args.offload_ref)
 
+
+def load_data(args: argparse.Namespace) -> TrainingData:
+    """Load the prompts of training and evaluation, and compute V*.
+
+    Fills in --beta1 and --eval-dataset, whose defaults depend on the values file.
+    """
     values = load_values(args.values)
     if args.beta1 is None:
         args.beta1 = values.header["beta1"]
@@ -691,7 +726,9 @@ def check(args: argparse.Namespace) -> TrainingData:
     cut = problems.cut_prompts(args.eval_dataset, eval_prompts, longest_prompt, tokenizer)
     if cut is not None:
         notes.append(cut)
-    return TrainingData(values, entries, v_star, prompts, eval_rows, eval_prompts, notes)
+    all_prompts = prompts + eval_prompts
+    problems.check_prompts(all_prompts, self_check.vocabulary_size(folder), tokenizer)
+    return TrainingData(values, v_star, prompts, eval_rows, eval_prompts, notes)
 
 
 def compute_v_star(values: Values, beta1: float) -> dict[str, float]:
@@ -808,6 +845,8 @@ def main() -> None:
     """Check, launch, train."""
     args = make_parser().parse_args()
     data = check(args)
+    # With several GPUs, torchrun now starts this script again, once for each. Each of these ranks
+    # runs from the top and reaches this line, too. From here on they work together.
     engine.launch(args.tensor_parallel_size)
     train(args, data, a_star_po(args.beta2))
 

@@ -18,6 +18,7 @@ from types import FrameType
 from apo.files import UserError
 
 LOWEST_TEMPERATURE = 0.01  # vLLM silently raises what is below it
+LARGEST_NUMBER = 10**9  # of steps, tokens and the like; more is a mistake
 LARGEST_SEED = 2**32 - 1  # of numpy's generator, which vLLM seeds as well
 SECONDS_FOR_RANK_0 = 10  # to say what is wrong and to end, before another rank says it
 SECONDS_FOR_MESSAGES = 0.5
@@ -93,24 +94,30 @@ def is_installed(package: str) -> bool:
 def positive_integer(text: str) -> int:
     """Read 1, 2, 3, ..."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    if not 1 <= value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(
+            f"{text:.30} is not a whole number from 1 to {LARGEST_NUMBER}"
+        )
     return value
 
 
 def whole_number(text: str) -> int:
     """Read 0, 1, 2, ..."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    if not 0 <= value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(
+            f"{text:.30} is not a whole number from 0 to {LARGEST_NUMBER}"
+        )
     return value
 
 
 def seed(text: str) -> int:
     """Read a seed that every generator takes."""
-    value = whole_number(text)
-    if value > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SEED}")
+    value = int(text)
+    if not 0 <= value <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{text:.30} is not a whole number from 0 to {LARGEST_SEED}"
+        )
     return value
 
 
@@ -133,9 +140,9 @@ def positive_or_infinite(text: str) -> float:
 def temperature(text: str) -> float:
     """Read 0 (greedy), or a temperature that vLLM takes as it is."""
     value = float(text)
-    if value != 0 and not LOWEST_TEMPERATURE <= value < float("inf"):
+    if value != 0 and not LOWEST_TEMPERATURE <= value <= LARGEST_NUMBER:
         raise argparse.ArgumentTypeError(
-            f"{text} is neither 0 (greedy) nor at least {LOWEST_TEMPERATURE}"
+            f"{text} is neither 0 (greedy) nor from {LOWEST_TEMPERATURE} to {LARGEST_NUMBER}"
         )
     return value
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -301,11 +302,6 @@ def gpu_options() -> dict[str, Any]:
     return options
 
 
-def vocabulary_size(llm: Any) -> int:
-    """Return for how many different tokens the model has an embedding."""
-    return llm.llm_engine.vllm_config.model_config.get_vocab_size()
-
-
 def has_sleep_mode(llm: Any) -> bool:
     """Say whether the cache is released while the policy is updated; see memory_budget.py."""
     return llm.llm_engine.vllm_config.model_config.enable_sleep_mode
@@ -533,8 +529,17 @@ def from_all_ranks(thing: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------
 # Sampling that survives a kill: stages 1 and 3
 
-# What `make_record` writes of each response.
-RECORD_FIELDS = ("id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens")
+# What `make_record` writes of each response, and of which type. An answer may have any type.
+RECORD_FIELDS = {
+    "id": str,
+    "sample": int,
+    "prompt": str,
+    "answer": object,
+    "output": str,
+    "reward": float,
+    "finished": bool,
+    "tokens": int,
+}
 # This many responses of each engine tell whether the model ends its responses at all.
 NUM_FIRST = 100
 
@@ -670,21 +675,26 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
     """
     note = folder / "identity.json"
     paths = sorted(folder.glob("*.jsonl"))
-    if note.exists():
-        what = f"{folder} (remove it, or give another --out)"
-        files.refuse_difference(what, files.read_json(note), identity)
-    elif any(path.stat().st_size > 0 for path in paths):
-        raise UserError(f"{folder} has lost its identity.json: remove it, or give another --out")
-    else:
+    if not any(path.stat().st_size > 0 for path in paths):
+        # No response was saved, so nothing can be mixed up.
         files.write_json(note, identity)
+        return []
+    if not note.exists():
+        raise UserError(f"{folder} has lost its identity.json: remove it, or give another --out")
+    what = f"{folder} (remove it, or give another --out)"
+    files.refuse_difference(what, files.read_json(note), identity)
     records = []
     for path in paths:
-        for record in files.read_whole_lines(path):
-            # What somebody has edited away is sampled again.
-            is_whole = record.keys() >= set(RECORD_FIELDS)
-            if is_whole and isinstance(record["id"], str) and isinstance(record["sample"], int):
-                records.append(record)
+        records += [record for record in files.read_whole_lines(path) if is_whole(record)]
     return records
+
+
+def is_whole(record: dict) -> bool:
+    """Say whether a record has all fields; what somebody has edited away is sampled again."""
+    for name, kind in RECORD_FIELDS.items():
+        if name not in record or not isinstance(record[name], kind):
+            return False
+    return math.isfinite(record["reward"])
 
 
 def remove_partial(out: Path) -> None:

@@ -41,6 +41,13 @@ CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 LONGEST_NAME = 255  # bytes of a file's name, on nearly all file systems
 BLOCK = 1 << 16  # bytes of a weight file that are read at one place for the fingerprint
 NUM_BLOCKS = 16  # places per weight file
+# Settings that are a hash of some content, and what has changed if they differ.
+DIGESTS = {
+    "values_digest": "other prompts or rewards in --values",
+    "eval_digest": "other problems in --eval-dataset",
+    "dataset_digest": "other problems in --dataset",
+    "rows_digest": "other problems",
+}
 
 
 class UserError(Exception):
@@ -95,7 +102,7 @@ def read_whole_lines(path: Path) -> list[dict]:
     for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -182,6 +189,9 @@ def check_writable(out: str | Path, is_folder: bool = False, flag: str = "--out"
             raise UserError(f"{flag} cannot be written: the name {part:.40}... is too long")
     for place in (path, *path.parents):
         refuse_broken_link(place)
+    partial = path.with_name(f"{path.name}.partial")
+    if os.path.isfile(partial):
+        raise UserError(f"{flag} {out} needs a folder {partial}, and that is a file")
     for place in (path, path.parent):
         if place.name.endswith(".partial"):
             raise UserError(f"{flag} {out}: in {place} stages 1 and 3 keep what is not finished")
@@ -218,7 +228,9 @@ def refuse_difference(what: str, saved: dict, wanted: dict) -> None:
         old = saved.get(name)
         if old == new:
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if name in DIGESTS:
+            differences.append(f"another {name} ({DIGESTS[name]})")
+        elif isinstance(old, dict) and isinstance(new, dict):
             keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             differences.append(f"another {name} ({', '.join(keys)})")
         else:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from apo import command_line
 from apo.files import UserError
-from apo.policy import COMPUTE_DTYPE, Policy, load_lm, shard, whole
+from apo.policy import COMPUTE_DTYPE, Policy, gather_weight, load_lm, shard
 
 SCALE = 2  # alpha / r: what B A x is multiplied by
 # peft's names of an adapted layer's parts: its own weight, and the two matrices.
@@ -65,11 +65,11 @@ class LoraPolicy(Policy):
             if name.endswith((A, B)):
                 continue
             if layer == name:  # no adapter belongs to it
-                yield name.replace(BASE, ""), whole(weight, dtype)
+                yield name.replace(BASE, ""), gather_weight(weight, dtype)
                 continue
-            a = whole(state[layer + A], torch.float32)
-            b = whole(state[layer + B], torch.float32)
-            merged = whole(weight, COMPUTE_DTYPE).float() + SCALE * (b @ a)
+            a = gather_weight(state[layer + A], torch.float32)
+            b = gather_weight(state[layer + B], torch.float32)
+            merged = gather_weight(weight, COMPUTE_DTYPE).float() + SCALE * (b @ a)
             yield layer + "weight", merged.to(dtype)
 
     def adapters(self) -> dict[str, Tensor]:

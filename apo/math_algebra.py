@@ -173,14 +173,16 @@ def parse(text: str) -> Any:
         return None
 
 
-# A function whose argument has no brackets: in \ln 3/\ln 2 and \sin x\cdot\cos x it ends before the
-# sign, where the parser would go on.
+# A function whose argument has no brackets: in \ln 2\cdot 3, \ln 3/2 and \sin x/\cos x it ends
+# before the sign, where the parser would go on. But \sin\pi/6 is the sine of \pi/6.
 CALLED = r"\\(?:sinh?|cosh?|tanh?|sec|csc|cot|ln|log(?:_\{\w+\})?)(?:\^(?:\d|\{\d+\}))?(?![a-zA-Z])"
+NAME = r"\\(?!cdot|times)[a-z]+"
 FACTOR = (
-    r"\d+(?:\.\d+)?(?:[a-zA-Z]|\\[a-z]+)?|[a-zA-Z]|\\frac\{[^{}]*\}\{[^{}]*\}|\{[^{}]*\}|\\[a-z]+"
+    rf"\d+(?:\.\d+)?(?:[a-zA-Z]|{NAME})?|[a-zA-Z]|\\frac\{{[^{{}}]*\}}\{{[^{{}}]*\}}"
+    rf"|\{{[^{{}}]*\}}|{NAME}"
 )
 ARGUMENT = rf"(?:{FACTOR})(?:\\cdot\\frac\{{\\pi\}}\{{180\}})?"
-ENDS_ARGUMENT = r"(?:/|\\cdot *|\\times *)(?:\\(?:sin|cos|tan|sec|csc|cot|ln|log)|\w\^)"
+ENDS_ARGUMENT = rf"\\cdot|\\times|/(?:{CALLED}|\w\^)"
 NUMBER = r"[\d.]+|\\frac\{\d+\}\{\d+\}"
 
 
@@ -199,7 +201,8 @@ def in_grammar(text: str) -> str:
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
     text = re.sub(r"((?<![_^\d])\d+|\))(?=\\binom)", r"\1\\cdot ", text)  # likewise
     text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac|\\binom)", r"\1\\cdot ", text)
-    text = re.sub(rf"({CALLED} *(?:{ARGUMENT}))(?={ENDS_ARGUMENT})", r"(\1)", text)
+    text = re.sub(rf"({CALLED} *(?>{ARGUMENT}))(?={ENDS_ARGUMENT})", r"(\1)", text)
+    text = re.sub(rf"(\\l(?:n|og(?:_\{{\w+\}})?) *(?>{ARGUMENT}))(?=/)", r"(\1)", text)
     text = re.sub(r"(?<=\d)\{(\d+)\}", r"\1", text)  # 1{2} is printed as 12
     # The real root, not the first one of the complex ones.
     text = re.sub(rf"\\sqrt\[([3579])\]\{{-({NUMBER})\}}", r"(-\\sqrt[\1]{\2})", text)

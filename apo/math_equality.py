@@ -38,7 +38,13 @@ from apo.math_units import same_unit, split_unit
 LONGEST = 500
 DEEPEST = 10
 PERCENT = r"%(?=$|[,)\]=]|\\text)"  # at the end of a value, or before a word
-CHOICE = re.compile(r"\\text\{\(([A-E])\)\}([^A-E]*\d[^A-E]*)")  # \textbf{(C)} 12
+# A choice and its value, \textbf{(C)} 12, C) 12 or \text{C. Tuesday}; and \text{Option C}.
+CHOICE = re.compile(
+    r"""(?: \\text\{ \(? ([A-E]) [).:]+ \}? | \(? ([A-E]) [).:]+ )
+    ((?: [^A-E] | (?<=[a-zA-Z]) [A-E] | [A-E] (?=[a-zA-Z]) )+)""",
+    re.VERBOSE,
+)
+OPTION = re.compile(r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)[: ]*\(?([A-E])\)?\}?")
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -58,12 +64,13 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
     box = spell(box)
     if re.fullmatch(r"\d{1,3}(,\d{3})+", as_written) and same_items(gold, as_written):
         return True
-    # \textbf{(C)} 12 is 12, and if the answer is a letter, it is C.
-    choice = CHOICE.fullmatch(box)
-    if choice and not CHOICE.fullmatch(gold):
-        is_letter = re.fullmatch(r"(\\text\{)?\(?[A-E]\)?\}?", gold)
-        box = choice[1] if is_letter else choice[2]
+    if re.fullmatch(r"(\\text\{)?\(?[A-E]\)?\}?", gold):
+        box = chosen_letter(box)
+    elif not CHOICE.fullmatch(gold):
+        box = chosen_value(box)
     if max(len(gold), len(box)) > 2 * LONGEST or max(levels(gold + box)) > DEEPEST:
+        return False
+    if has_other_unit(gold, box):
         return False
     verdict = compare(re.sub(PERCENT, "", gold), re.sub(PERCENT, "", box), algebra)
     # 50% may mean 50, as above, or 0.5.
@@ -72,6 +79,32 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
         box = re.sub(PERCENT, "/100", box)
         verdict = compare(gold, box, algebra)
     return verdict
+
+
+def has_other_unit(gold: str, box: str) -> bool:
+    """Say whether one text is a percentage and the other has a unit: 20% is not $20."""
+    is_percentage = [bool(re.search(PERCENT, text)) for text in (gold, box)]
+    if is_percentage[0] == is_percentage[1]:
+        return False
+    other = box if is_percentage[0] else gold
+    return split_unit(other)[1] != ""
+
+
+def chosen_letter(box: str) -> str:
+    """Return C for \\textbf{(C)} 12 and for \\text{Option C}; any other text as it is."""
+    option = OPTION.fullmatch(box)
+    if option:
+        return option[1]
+    choice = CHOICE.fullmatch(box)
+    return choice[1] or choice[2] if choice else box
+
+
+def chosen_value(box: str) -> str:
+    """Return 12 for \\textbf{(C)} 12; any other text, and a choice without a number, as it is."""
+    choice = CHOICE.fullmatch(box)
+    if choice and re.search(r"\d|\\pi", choice[3]):
+        return choice[3]
+    return box
 
 
 def same_items(gold: str, box: str) -> bool:
@@ -187,9 +220,10 @@ def is_name(text: str) -> bool:
     function = re.sub(r"(\^\{-1\})?\([\w,|]+\)$", "", text)
     letter = re.sub(r"'*(_\{?\w+\}?)?$", "", function)
     is_letter = re.fullmatch(r"[a-zA-Z]|\\[a-z]+|\\text\{[^{}]*\}", letter)
-    is_figure = re.fullmatch(r"(\\angle ?)?[\[|]?[A-Z]{1,4}[\]|]?", letter)
+    is_figure = re.fullmatch(r"(m?\\angle ?)?[\[|]?[A-Z]{1,4}[\]|]?", letter)
+    is_ratio = re.fullmatch(r"\\(sin|cos|tan|cot|sec|csc) ?\(?\\?[a-zA-Z]+\)?", text)
     is_tuple = re.fullmatch(r"\([a-zA-Z](,[a-zA-Z])+\)", text)
-    return bool(is_letter or is_figure or is_tuple)
+    return bool(is_letter or is_figure or is_ratio or is_tuple)
 
 
 # f(2), f'(3), f^{-1}(x), f^{(4)}(0), f(\frac{1}{2}) and P(X=2); but p(x-1) may be a product.

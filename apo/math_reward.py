@@ -103,9 +103,11 @@ def submit(response: str, answer: Any) -> Future:
 def check_answer(answer: Any) -> str:
     """Return the answer as text, without a box around it.
 
-    Raises ValueError if it is neither text nor number, if it is empty, nan or infinite, or if its
-    braces do not match, since no box could hold it then.
+    Raises ValueError if it is neither text nor number, if it is empty, nan or infinite, if its
+    braces do not match, since no box could hold it then, or if it is a whole solution of GSM8K.
     """
+    if "####" in str(answer):
+        raise ValueError(f"a solution of GSM8K (keep what follows ####): {answer!r:.60}")
     # Python writes 1e+16 for a float, which in mathematics is the number e plus 16.
     written = str(answer).replace("e+", "e") if isinstance(answer, float) else str(answer)
     text = last_box(written) or written
@@ -224,6 +226,9 @@ def serve(jobs: queue.SimpleQueue) -> None:
 
 def work() -> None:
     """Run as a worker: read pairs from stdin, write a reward for each, until stdin closes."""
+    # What a library prints must not be taken for a reward, so it goes to stderr.
+    replies = sys.stdout
+    sys.stdout = sys.stderr
     # More memory raises MemoryError here, before the machine runs out.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # The parser is slow until it has seen most of its grammar, and sympy until its first numbers.
@@ -244,7 +249,7 @@ def work() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         with contextlib.suppress(BrokenPipeError):  # the calling process has ended meanwhile
-            print(reply, flush=True)
+            print(reply, file=replies, flush=True)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:

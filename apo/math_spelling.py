@@ -23,6 +23,8 @@ CHARACTER_TABLE = r"""
     ξ \xi   ψ \psi   χ \chi   ζ \zeta   ϕ \phi   µ \mu   Ω \Omega   Σ \Sigma   Φ \Phi   Ψ \Psi
     Γ \Gamma   Λ \Lambda   Θ \Theta   Π \Pi   Ξ \Xi
     ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ∕ /   （ (   ） )   ： :
+    ⩽ \le   ⩾ \ge   ≦ \le   ≧ \ge   ⟨ \langle   ⟩ \rangle   ⌊ \lfloor   ⌋ \rfloor   º ^\circ
+    ⅛ \frac18   ⅚ \frac56   ∶ :   ∖ \setminus   ′ '
     ℝ \mathbb{R}   ℤ \mathbb{Z}   ℕ \mathbb{N}   ℚ \mathbb{Q}   ｛ \{   ｝ \}   － -   ＋ +   ＝ =
 """
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
@@ -40,10 +42,12 @@ NAME_TABLE = r"""
     \div /   \nicefrac \frac   \R \mathbb{R}   \quad ~   \qquad ~   \, ~   \; ~   \: ~   \> ~
     sqrt \sqrt   pi \pi   sin \sin   cos \cos   tan \tan   cot \cot   log \log   ln \ln   exp \exp
     arcsin \arcsin   arccos \arccos   arctan \arctan   gcd \gcd   percent %   and ~,~   or ~,~
+    \leqq ≤   \geqq ≥   \lbrack [   \rbrack ]   \lparen (   \rparen )   \enspace ~   \textup \text
     \lor ~,~   \vee ~,~   \land \wedge   \space ~   \sfrac \frac   \mathtt \text   \texttt \text
 """
 DROPPED = r"""
-    \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \displaystyle \textstyle \limits
+    \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \biggl \biggr \Biggl \Biggr
+    \large \Large \displaystyle \textstyle \limits
     \mathbf \boldsymbol \bm \mathit \rm \bf \underline \middle \! \( \)
 """
 
@@ -98,6 +102,7 @@ def rename(text: str) -> str:
     text = re.sub(rf"({ORDER}[^,;]*?)(\\text *\{{ *and *\}}|\band\b)(?=[^,;]*?{ORDER})", BOTH, text)
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
+    text = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", text, flags=re.IGNORECASE)  # 3 p.m.
     text = re.sub(r"[\s~]+", " ", text).strip()
     text = re.sub(r"\\mathbb *([A-Z])", r"\\mathbb{\1}", text)
     return text.replace(r"\text {", r"\text{")
@@ -121,7 +126,7 @@ def read_matrices(text: str) -> str:
 
 def read_cases(found: re.Match) -> str:
     """Write a system that names values, x=1\\\\y=2, as a list; any other as it is."""
-    rows = [row.strip() for row in found[2].split(r"\\") if row.strip()]
+    rows = [row.strip(" ,") for row in found[2].split(r"\\") if row.strip()]
     if not all(re.fullmatch(r"[a-zA-Z](_\w)? *&?=[^=&,]*", row) for row in rows):
         return found[0]
     return ",".join(rows).replace("&", "")
@@ -152,6 +157,7 @@ def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
     if not re.match(rf"\\text[^}}]*{DENIAL}", text):
         text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
+        text = re.sub(r"^\\text\{[^{}]*(?:\bis|\bare|:) *(-?\d[\d.,/]*)\.?\}$", r"\1", text)
     return re.sub(r"\\text\{ *\(?(since|because|where|for (any|all|every|some))\b.*", "", text)
 
 
@@ -189,6 +195,8 @@ def read_numbers(text: str) -> str:
     repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
+    # Then the space says that it is not 1/(2x).
+    text = re.sub(r"(?<![\w.^/}])(\d+)/(\d+) +(?=[a-zA-Z\\])", r"\\frac{\1}{\2}", text)  # 1/2 x
     # But in 3E8_{16} the E is a digit.
     return re.sub(r"(?<=\d)E\+?(?=-?\d)(?![\dA-Z]*\)?_)", "e", text)
 
@@ -232,6 +240,9 @@ def add_braces(text: str) -> str:
     # A fraction of units: m over s is m/s.
     text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
     text = re.sub(rf"\^ *(\\frac{GROUP}{GROUP})", r"^{\1}", text)
+    text = re.sub(r"\^ *(-(?:\d+|[a-zA-Z]))", r"^{\1}", text)  # 10^-3
+    # x^(n+1), but f^(4) is a derivative.
+    text = re.sub(r"\^ *\((?!\d\))([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"(\\sqrt\[\w+\]) *(\w)", r"\1{\2}", text)
     text = re.sub(r"(\\(?:max|min|gcd)) *\{([^{}]*)\}", r"\1(\2)", text)
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
@@ -239,6 +250,7 @@ def add_braces(text: str) -> str:
     text = re.sub(r"\bC_([a-z]|\{\d+\})\^(\w|\{\d+\})", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\(\\text\{ *mod *\} *(\w+)\)", r"\\mod \1", text)
     text = re.sub(r"\\mod *\{(\w+)\}", r"\\mod \1", text)
+    text = re.sub(r"\\log +_", r"\\log_", text)
     return re.sub(r"\\log_(\w) *", r"\\log_{\1}", text)
 
 
@@ -270,7 +282,8 @@ def read_set(text: str) -> str:
     if without:
         bounds = ["-∞", *holes(without[without.lastindex]), "∞"]
         return ",".join(f"({a},{b})" for a, b in pairwise(bounds))
-    text = re.sub(r",[a-z]=\\mathbb\{Z\}$", "", text)  # the range of the k in 2k\pi
+    if not re.search("[<>≤≥]", text):  # whole numbers above 2 are not all numbers above 2
+        text = re.sub(r",[a-z]=\\mathbb\{Z\}$", "", text)  # the range of the k in 2k\pi
     if text == REALS:
         return "(-∞,∞)"
     if text == "{}":

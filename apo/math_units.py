@@ -33,8 +33,9 @@ NO_UNIT_WORDS = """
     tripled halved twice eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth
     eighteenth nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth
     ninetieth gross kilo mega giga milli micro repeating recurring to or and not is if but
-    only else more less least most than about approx approximately roughly nearly maybe below above
-    divided multiplied wrong incorrect false cannot never excluded except basis bn
+    only else least most than out extraneous rejected invalid about approx approximately roughly
+    nearly maybe below above divided multiplied wrong incorrect false cannot never excluded
+    except basis bn
 """
 NO_UNIT = set(NO_UNIT_WORDS.split())
 # A unit at the end of a text.
@@ -75,7 +76,7 @@ def split_unit(text: str) -> tuple[str, str]:
     value = text[: found.start()]
     # Letters outside of \text are a product, 5xy, unless they are a known unit or a plural.
     is_bare = found[0].strip()[:1].isalpha()
-    is_plural = re.match(r" *[a-z]{3,}s\b", found[0])
+    is_plural = re.match(r" *([a-z]{3,}s|people|children|men|women)\b", found[0])
     is_known = bool(names) and names[0] in UNITS.values()
     if is_bare and not is_plural and (not is_known or is_product(value, names[0])):
         return text, ""

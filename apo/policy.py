@@ -105,41 +105,42 @@ def pack(prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str
 
 
 def assign_to_ranks(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Assign sequences to ranks and micro-batches: [rank][micro-batch] -> places in `lengths`.
+    """Assign groups of sequences to ranks and micro-batches: [rank][micro-batch] -> indices.
 
-    A micro-batch has at most `budget` tokens, or one sequence. FSDP wants the same number of
-    forward passes on every rank, so all ranks get the same number of micro-batches: the
+    `lengths` has the number of tokens of each group, and the indices point into it. A group may be
+    one sequence. A micro-batch has at most `budget` tokens, or one group. FSDP wants the same
+    number of forward passes on every rank, so all ranks get the same number of micro-batches: the
     smallest number with which `distribute` stays within the budget. Each forward pass gathers all
     weights, so that a small micro-batch costs about as much time as a full one. A rank with few
-    sequences can have empty ones.
+    groups can have empty ones.
     """
-    places_of_ranks = distribute(range(len(lengths)), lengths, num_ranks)
+    indices_of_ranks = distribute(range(len(lengths)), lengths, num_ranks)
     num_batches = 1
     while True:
         assigned = []
-        for places in places_of_ranks:
-            assigned.append(distribute(places, lengths, num_batches))
+        for indices in indices_of_ranks:
+            assigned.append(distribute(indices, lengths, num_batches))
         if all(fits(batch, lengths, budget) for batches in assigned for batch in batches):
             return assigned
         num_batches += 1
 
 
 def fits(batch: list[int], lengths: list[int], budget: int) -> bool:
-    """Say whether a micro-batch has at most `budget` tokens, or one sequence."""
-    return len(batch) <= 1 or sum(lengths[place] for place in batch) <= budget
+    """Say whether a micro-batch has at most `budget` tokens, or one group."""
+    return len(batch) <= 1 or sum(lengths[index] for index in batch) <= budget
 
 
-def distribute(places: Iterable[int], lengths: list[int], num_parts: int) -> list[list[int]]:
-    """Divide sequences into parts of about equally many tokens.
+def distribute(indices: Iterable[int], lengths: list[int], num_parts: int) -> list[list[int]]:
+    """Divide groups of sequences into parts of about equally many tokens.
 
     The longest come first, each to the part with the fewest tokens.
     """
     parts = [[] for _ in range(num_parts)]
     num_tokens = [0] * num_parts
-    for place in sorted(places, key=lambda i: -lengths[i]):
+    for index in sorted(indices, key=lambda i: -lengths[i]):
         smallest = num_tokens.index(min(num_tokens))
-        parts[smallest].append(place)
-        num_tokens[smallest] += lengths[place]
+        parts[smallest].append(index)
+        num_tokens[smallest] += lengths[index]
     return parts
 
 
@@ -161,12 +162,12 @@ def make_micro_batches(
 
     num_tokens = sum(len(response.ids) for response in responses)
     batches = []
-    for places in assigned[dist.get_rank()]:
+    for indices in assigned[dist.get_rank()]:
         # An empty micro-batch becomes a copy of the first group, with weight 0.
         chosen = []
-        for place in places or [0]:
-            chosen += groups[place]
-        weight = 1.0 if places else 0.0
+        for index in indices or [0]:
+            chosen += groups[index]
+        weight = 1.0 if indices else 0.0
         batches.append(make_micro_batch(chosen, temperature, weight, len(responses), num_tokens))
     return batches
 
@@ -304,7 +305,7 @@ class Policy(torch.nn.Module):
         together. A head that is tied to the embedding comes twice.
         """
         for name, weight in self.lm.state_dict().items():
-            yield name, whole(weight, dtype)
+            yield name, gather_weight(weight, dtype)
 
     def adapters(self) -> dict[str, Tensor]:
         """Return what is trained beside the model's weights, by name: nothing here."""
@@ -313,14 +314,14 @@ class Policy(torch.nn.Module):
     def load_into(self, llm: Any) -> None:
         """Stream the weights into the engine, in bf16 on GPUs; all ranks must call it together.
 
-        It needs a tied head twice, since a CPU engine keeps its own copy of the head in another
+        A tied head is sent twice, because the CPU engine keeps its own copy of the head in another
         layout.
         """
         arguments = {"weights_iterator": self.weights(COMPUTE_DTYPE)}
         llm.collective_rpc("reload_weights", kwargs=arguments)
 
 
-def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Put a weight's slices together, in `dtype`. Buffers have no slices, and may be integers."""
     if weight.is_floating_point():
         weight = weight.to(dtype)
@@ -382,8 +383,8 @@ def shard(modules: list[torch.nn.Module], mesh: DeviceMesh, offload: bool = Fals
 
     On a CPU, memory is cheap and gathering is slow, so gathered weights are kept. On a GPU they are
     freed after the forward pass (`reshard_after_forward`). By default FSDP would keep those of the
-    outermost module, which are the embedding and the head, until the backward pass; but the
-    reference has none.
+    outermost module, which are the embedding and the head, until the backward pass. The reference
+    never runs one, so they would never be freed.
     """
     options = {
         "mesh": mesh,
@@ -431,24 +432,56 @@ def save_checkpoint(
     folder: Path,
     step: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer,
     reference: Path,
 ) -> None:
-    """Write a folder that from_pretrained and vLLM load as it is; all ranks must call it together.
+    """Save what a run continues from; all ranks must call it together.
 
-    With an optimizer it is a checkpoint: weights in `policy.checkpoint_dtype`, and the optimizer's
-    state under trainer/, of which every rank writes its own part; adapters lie there too, in
-    float32. Without one it is the finished model, in bf16 on GPUs. In both, the weights have the
-    adapters added.
-    The folder gets its name last, when everything in it is on the disk.
+    The weights are in `policy.checkpoint_dtype`. trainer/ has the optimizer's state and, with
+    --lora-rank, the adapters, both in float32. Every rank writes its own part of trainer/.
     """
+    unfinished = begin_folder(folder)
+    state = {
+        "optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer),
+        "adapters": policy.adapters(),
+    }
+    dcp.save(state, checkpoint_id=unfinished / "trainer")
+    write_model(unfinished, policy, policy.checkpoint_dtype, reference)
+    finish_folder(unfinished, folder, step)
+
+
+def save_final_model(folder: Path, step: int, policy: Policy, reference: Path) -> None:
+    """Save the finished model, in bf16 on GPUs; all ranks must call it together."""
+    unfinished = begin_folder(folder)
+    write_model(unfinished, policy, COMPUTE_DTYPE, reference)
+    finish_folder(unfinished, folder, step)
+
+
+def begin_folder(folder: Path) -> Path:
+    """Make an empty folder under another name, for what will be `folder`; return its path."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
+    return unfinished
 
-    dtype = COMPUTE_DTYPE if optimizer is None else policy.checkpoint_dtype
+
+def finish_folder(unfinished: Path, folder: Path, step: int) -> None:
+    """Give a folder its name, when everything in it is on the disk."""
+    if dist.get_rank() == 0:
+        write_manifest(unfinished, step)
+        remove_folder(folder)
+        os.replace(unfinished, folder)
+        files.sync_folder(folder.parent)
+    dist.barrier()
+
+
+def write_model(folder: Path, policy: Policy, dtype: torch.dtype, reference: Path) -> None:
+    """Write a model that from_pretrained and vLLM load as it is, adapters added to its weights.
+
+    Config and tokenizer are the reference's.
+    """
     # A head that is tied to the embedding is in the state twice, and in the file once.
     parameters = {name for name, _ in policy.lm.named_parameters(remove_duplicate=False)}
     tied = parameters - {name for name, _ in policy.lm.named_parameters()}
@@ -456,19 +489,9 @@ def save_checkpoint(
     for name, weight in policy.weights(dtype):
         if name not in tied and dist.get_rank() == 0:
             weights[name] = weight.cpu()
-    if optimizer is not None:
-        state = dcp_state.get_optimizer_state_dict(policy, optimizer)
-        state = {"optimizer": state, "adapters": policy.adapters()}
-        dcp.save(state, checkpoint_id=unfinished / "trainer")
-
     if dist.get_rank() == 0:
-        copy_model_files(reference, unfinished, dtype)
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        write_manifest(unfinished, step)
-        remove_folder(folder)
-        os.replace(unfinished, folder)
-        files.sync_folder(folder.parent)
-    dist.barrier()
+        copy_model_files(reference, folder, dtype)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def copy_model_files(reference: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -13,7 +13,6 @@ and "id" is a number after the name, unless a local file has an "id".
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import date, time, timedelta
@@ -179,6 +178,7 @@ DATASETS = {
 }
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
+LARGEST_REWARD = 1e15  # the square of a much larger one would overflow in float32
 # Types in tables or on the hub that JSON lacks, and that a text can give in full.
 WRITTEN_AS_TEXT = (Decimal, Fraction, date, time, timedelta, UUID, bytes)
 
@@ -603,7 +603,7 @@ def submit_reward(response: str, row: dict) -> Future:
         value = reward(response, row)
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"the reward function failed on row {row['id']!r}") from error
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST_REWARD:  # this is true for nan, too
         raise RuntimeError(f"the reward function gave {value} on row {row['id']!r}")
     future = Future()
     future.set_result(value)

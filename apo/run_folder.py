@@ -52,6 +52,22 @@ class Progress(NamedTuple):
     step: int  # of the checkpoint, or of the finished model; 0 without either
 
 
+def is_failed_start(out: Path) -> bool:
+    """Say whether a folder has only what a run leaves that ended before its first step.
+
+    Its settings do not matter then: nothing was computed with them.
+    """
+    logs = [out / "metrics.jsonl", out / "samples.jsonl"]
+    if {path.name for path in out.glob("*")} - {"config.json", *(path.name for path in logs)}:
+        return False
+    try:
+        config = files.read_json(out / "config.json")
+    except UserError:
+        return False
+    is_empty = not any(path.exists() and path.stat().st_size > 0 for path in logs)
+    return is_empty and "values_digest" in config  # another program may have a config.json, too
+
+
 def open_run(config: dict, log: "RunLog") -> Progress:
     """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
@@ -64,6 +80,8 @@ def open_run(config: dict, log: "RunLog") -> Progress:
             if (out / name).exists() and (out / name).stat().st_size > 0:
                 raise UserError(f"{out} has lost its config.json, or is no run: give another --out")
     files.refuse_broken_link(out / "checkpoints")
+    if (out / "checkpoints").is_file():
+        raise UserError(f"{out}/checkpoints is a file: give another --out")
     refuse_other_settings(out, config)  # first of all, since opening drops a torn last line
     log.open()  # from here on no other process can take the folder
     refuse_other_settings(out, config)  # another process may have begun in the meantime
@@ -103,7 +121,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
 def refuse_other_settings(out: Path, config: dict) -> None:
     """Raise UserError if the folder has a run with other settings, such as another algorithm's."""
     path = out / "config.json"
-    if not path.exists():
+    if not path.exists() or is_failed_start(out):
         return
     saved = files.read_json(path)
     wanted = {}
@@ -209,7 +227,7 @@ def step_of(line: bytes) -> int:
     """Read the step of a line of a log; 0 for a line that somebody has damaged, which is kept."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0
     return step if type(step) is int else 0
 

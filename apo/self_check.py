@@ -109,6 +109,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not supported: {reason:.300}") from error
 
 
+def vocabulary_size(folder: Path) -> int:
+    """Return for how many different tokens a model has an embedding."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 0)
+
+
 def parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """List a config and those inside of it, such as the text_config of a multimodal model."""
     yield config

@@ -15,6 +15,8 @@ from apo.command_line import LOWEST_TEMPERATURE
 from apo.files import UserError
 from apo.problems import Prompt, PromptStyle
 
+# The fields of a prompt that training reads; the others are for people.
+TRAINED_ON = ("id", "prompt", "question", "answer", "rewards", "row")
 # The types of those fields of a header that a file written by hand may leave out.
 KINDS = {
     "task": str,
@@ -43,9 +45,10 @@ def load_values(path: str) -> Values:
     entries = check_entries(document, path)
     check_answers(entries, header["task"], path)
     style = PromptStyle.from_settings(header)
-    # Prompts, rewards, and the two settings of sampling. The other settings that matter (model,
-    # task, prompt style) are in a run's config.json by name.
-    digest = files.content_digest([entries, header["temperature"], header["max_tokens"]])
+    # What training reads of the prompts, and the two settings of sampling. The other settings that
+    # matter (model, task, prompt style) are in a run's config.json by name.
+    used = [{name: entry.get(name) for name in TRAINED_ON} for entry in entries]
+    digest = files.content_digest([used, header["temperature"], header["max_tokens"]])
     return Values(header, entries, style, digest)
 
 
@@ -164,8 +167,11 @@ def check_entries(document: dict, name: str) -> list[dict]:
         if not isinstance(rewards, list) or not rewards:
             raise UserError(f'{where} ({entry["id"]}) has no list "rewards"')
         for reward in rewards:
-            if not is_number(reward) or not abs(reward) < float("inf"):
-                raise UserError(f"{where} ({entry['id']}): the reward {reward!r} is not a number")
+            if not is_number(reward) or abs(reward) > problems.LARGEST_REWARD:
+                raise UserError(
+                    f"{where} ({entry['id']}): the reward {reward!r} is not a number, or beyond "
+                    f"{problems.LARGEST_REWARD:g}"
+                )
     return entries
 
 

@@ -177,7 +177,7 @@ class Bench:
         """Do one step and its floors."""
         args = self.args
         prompts = train_online.next_batch(self.run.prompts, args.batch_size, args.seed, number)
-        self.requests = train_online.make_requests(prompts, args, number, False)
+        self.requests = train_online.make_requests(prompts, args, number)
         in_turns(number, self.bare_generate, self.generate)
         with timed(self.real, "grade"):
             self.responses = engine.gather(self.responses)

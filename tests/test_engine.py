@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_tokenizer, read_lines
+from conftest import ROOT, make_tokenizer, read_lines, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -204,7 +204,7 @@ def test_a_continued_run_is_not_judged_by_its_long_responses(llm: Any, tmp_path:
     counts = [engine.NUM_FIRST, engine.NUM_FIRST]
 
     def sample(finished: bool) -> list[dict]:
-        record = dict.fromkeys(engine.RECORD_FIELDS, 0)
+        record = {"answer": "1", "output": "", "reward": 0.0, "tokens": 2}
         record |= {"id": prompts[0].row["id"], "prompt": prompts[0].text, "finished": finished}
         lines = [json.dumps(record | {"sample": i}) + "\n" for i in range(engine.NUM_FIRST)]
         out = tmp_path / f"{finished}"
@@ -387,6 +387,27 @@ def test_what_was_sampled_is_not_sampled_again(llm: Any, tmp_path: Path) -> None
     engine.remove_partial(tmp_path / "cut.json")
     engine.remove_partial(tmp_path / "whole.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"reward": None}, {"reward": float("nan")}, {"tokens": "12"}, {"finished": "false"}],
+    ids=str,
+)
+def test_a_record_that_somebody_has_broken_is_sampled_again(change: dict, tmp_path: Path) -> None:
+    record = {"id": "p0", "sample": 0, "prompt": "p", "answer": "1", "output": "2"}
+    record |= {"reward": 0.0, "finished": True, "tokens": 3}
+    files.write_json(tmp_path / "identity.json", {"seed": 0})
+    write_lines(tmp_path / "0.jsonl", [record, record | {"sample": 1} | change])
+    assert engine.read_partial(tmp_path, {"seed": 0}) == [record]
+
+
+def test_without_a_saved_response_other_settings_are_taken(tmp_path: Path) -> None:
+    """The first start ended before anything was sampled."""
+    files.write_json(tmp_path / "identity.json", {"seed": 0})
+    (tmp_path / "0.jsonl").touch()
+    assert engine.read_partial(tmp_path, {"seed": 1}) == []
+    assert files.read_json(tmp_path / "identity.json") == {"seed": 1}
 
 
 def test_what_another_run_left_is_refused_by_name(llm: Any, tmp_path: Path) -> None:

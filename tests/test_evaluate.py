@@ -386,15 +386,30 @@ def test_responses_are_sampled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None
     assert (given["seed"], given["max_tokens"], given["counts"]) == (3, 7, [4, 4])
 
 
-def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
-    monkeypatch.setattr(evaluate.engine, "start_engine", lambda *args: llm)
-    monkeypatch.setattr(evaluate.engine, "vocabulary_size", lambda llm: 10)
-    row = {"id": "a", "question": "q", "answer": "1", "_task": "math"}
-    prompt = problems.make_prompt(row, PLAIN, make_tokenizer())
-    benchmark = evaluate.Benchmark([row], [prompt], 1, 0.0, {}, [])
+def test_tokens_without_an_embedding_are_refused(
+    model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.self_check, "vocabulary_size", lambda folder: 10)
+    args = parse("--model", str(model), "--benchmarks", str(dataset), "--max-tokens", "5")
     with pytest.raises(UserError, match="embedding"):
-        evaluate.start_engine(parse("--max-tokens", "5"), [benchmark])
+        evaluate.load_benchmarks(args, {})
+
+
+@pytest.mark.parametrize("flags", ["--limit 10", "--out results/new", "--num-samples 4"])
+def test_a_flag_without_effect_beside_grade_is_refused(flags: str, tmp_path: Path) -> None:
+    words = ["--grade", str(tmp_path / "outputs.jsonl"), *flags.split()]
+    parser = evaluate.make_parser()
+    with pytest.raises(UserError, match=words[2]):
+        evaluate.refuse_other_flags(parser.parse_args(words), parser)
+    evaluate.refuse_other_flags(parser.parse_args(words[:2]), parser)
+
+
+def test_solutions_of_gsm8k_are_no_answers(tmp_path: Path) -> None:
+    """Each would be compared as a whole, and earn 0."""
+    row = {"answer": "24 + 48 = 72\n#### 72", "output": r"\boxed{72}"}
+    write_lines(tmp_path / "outputs.jsonl", [row])
+    with pytest.raises(UserError, match="####"):
+        evaluate.grade_file(tmp_path / "outputs.jsonl")
 
 
 def test_a_trained_model_gets_the_template_of_its_training(model: Path) -> None:

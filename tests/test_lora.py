@@ -256,7 +256,7 @@ def test_the_finished_model_is_an_ordinary_one(
     loaded, optimizer = load(folder)
     train_online.update(loaded, optimizer, make_updates(20), loss_with_statistics)
     policy.save_checkpoint(tmp_path / "step-1", 1, loaded, optimizer, folder)
-    policy.save_checkpoint(tmp_path / "final", 1, loaded, None, folder)
+    policy.save_final_model(tmp_path / "final", 1, loaded, folder)
     inputs, _ = pack(PROMPTS, RESPONSES)
     logp = loaded(temperature=1.0, **inputs)
     to_engine = dict(loaded.weights(policy.COMPUTE_DTYPE))
@@ -315,7 +315,7 @@ def train_on_rank(rank: int, port: int, folder: Path) -> None:
     loaded, optimizer = load(folder / "model")
     metrics = train_online.update(loaded, optimizer, make_updates(20), loss_with_statistics)
     policy.save_checkpoint(folder / "step-1", 1, loaded, optimizer, folder / "model")
-    policy.save_checkpoint(folder / "final", 1, loaded, None, folder / "model")
+    policy.save_final_model(folder / "final", 1, loaded, folder / "model")
     if rank == 0:
         files.write_json(folder / "metrics.json", metrics | {"first_logratio": logratio})
     dist.destroy_process_group()

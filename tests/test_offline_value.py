@@ -185,8 +185,8 @@ def started(
 ) -> None:
     """Let `offline_value.main` come as far as its checks, without an engine."""
     monkeypatch.setattr(offline_value.engine, "launch", lambda size: None)
-    monkeypatch.setattr(offline_value.engine, "start_engine", lambda *args: None)
-    monkeypatch.setattr(offline_value, "fitting_prompts", lambda *args: [])
+    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
+    monkeypatch.setattr(offline_value.engine, "start_engine", lambda *args: llm)
     monkeypatch.setattr(offline_value.self_check, "sample_for_check", lambda *args: [])
     words = [*stage1_arguments(model, dataset), "--out", tmp_path / "values.json"]
     monkeypatch.setattr("sys.argv", ["offline_value.py", *map(str, words)])
@@ -245,12 +245,12 @@ def test_responses_are_sampled_as_asked(started: None, monkeypatch: pytest.Monke
     assert (given["max_tokens"], given["seed"]) == (9, 3)
 
 
-def test_tokens_without_an_embedding_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline_value.engine, "vocabulary_size", lambda llm: 10)
-    llm = SimpleNamespace(get_tokenizer=make_tokenizer)
-    rows = [{"id": "a", "question": "q", "answer": "1"}]
+def test_tokens_without_an_embedding_are_refused(
+    started: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline_value.self_check, "vocabulary_size", lambda folder: 10)
     with pytest.raises(UserError, match="embedding"):
-        offline_value.fitting_prompts(llm, rows, problems.PLAIN, 500)
+        offline_value.main()
 
 
 def test_finished_file_is_not_made_again_and_never_overwritten(

@@ -215,6 +215,30 @@ def test_a_tracker_that_does_not_start_is_one_sentence(
         RunLog(out, 1).start_tracker("wandb", {})
 
 
+def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
+    """It may have found too little memory. The next start may have other flags."""
+    out = tmp_path / "run"
+    resume(out, resume=False, values_digest="0")
+    assert resume(out, lr=0.2, resume=False, values_digest="0") == Progress(False, None, 0)
+    assert files.read_json(out / "config.json")["lr"] == 0.2
+    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match="lr"):
+        resume(out, lr=0.3, values_digest="0")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "final", "checkpoints", HAS_CHECKPOINTS])
+def test_a_folder_with_anything_else_is_no_failed_start(name: str, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "config.json", {"values_digest": "0"})
+    assert run_folder.is_failed_start(tmp_path)
+    (tmp_path / name).mkdir()
+    assert not run_folder.is_failed_start(tmp_path)
+
+
+def test_another_programs_settings_are_no_failed_start(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "config.json", {"theme": "dark"})
+    assert not run_folder.is_failed_start(tmp_path)
+
+
 def test_another_setting_is_refused_by_name(out: Path) -> None:
     with pytest.raises(UserError, match=r"lr 0\.1, not 0\.2"):
         resume(out, lr=0.2)

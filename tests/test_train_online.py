@@ -159,7 +159,7 @@ def test_a_test_set_gets_the_template_of_the_training() -> None:
     assert prompt.text == "Q: abc"
 
 
-@pytest.mark.parametrize("check", ["check_prompts", "check_policy", "check_model"])
+@pytest.mark.parametrize("check", ["check_policy", "check_model"])
 def test_nothing_is_trained_before_the_checks(
     check: str,
     stage1: SimpleNamespace,
@@ -177,19 +177,34 @@ def test_nothing_is_trained_before_the_checks(
     policy = SimpleNamespace(parameters=lambda: [weight], load_into=lambda llm: None)
     llm = SimpleNamespace(get_tokenizer=make_tokenizer)
     monkeypatch.setattr(train_online.engine, "start_engine", lambda *args, **options: llm)
-    monkeypatch.setattr(train_online.engine, "vocabulary_size", lambda llm: 257)
     monkeypatch.setattr(train_online.engine, "has_sleep_mode", lambda llm: False)
     monkeypatch.setattr(train_online, "load_models", lambda *args: (policy, None))
     monkeypatch.setattr(train_online.self_check, "sample_for_check", lambda *args: [])
     for name in ("check_policy", "check_model"):
         monkeypatch.setattr(train_online.self_check, name, lambda *args: None)
-    module = problems if check == "check_prompts" else train_online.self_check
-    monkeypatch.setattr(module, check, refuse)
+    monkeypatch.setattr(train_online.self_check, check, refuse)
     words = ["--values", str(stage1.file), "--batch-size", "6", "--out", str(tmp_path / "run")]
     args = train_online.make_parser().parse_args(words)
     data = train_online.check(args)
     with pytest.raises(Refused):
         train_online.set_up(args, data, train_online.a_star_po(args.beta2))
+
+
+def test_prompts_that_cannot_be_continued_are_refused_before_anything_starts(
+    stage1: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--values", str(stage1.file), "--batch-size", "6", "--out", str(tmp_path / "run")]
+    args = train_online.make_parser().parse_args(words)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="embedding"):
+        patch.setattr(train_online.self_check, "vocabulary_size", lambda folder: 10)
+        train_online.check(args)
+
+    def empty_one(values: dict) -> None:
+        values["prompts"][3]["prompt"] = ""
+
+    args.values = str(edit_values(stage1.file, tmp_path / "values.json", empty_one))
+    with pytest.raises(UserError, match="p3 has no tokens"):
+        train_online.check(args)
 
 
 def test_the_optimizer_is_the_published_one(straight: SimpleNamespace, tmp_path: Path) -> None:
@@ -448,7 +463,7 @@ def make_requests(
     vars(args).update(changes)
     prompts = [Prompt({"id": str(i)}, "", [i]) for i in range(num_prompts)]
     batch = train_online.next_batch(prompts, batch_size, seed, step)
-    return train_online.make_requests(batch, args, step, all_logprobs=False)
+    return train_online.make_requests(batch, args, step)
 
 
 def asked(num_prompts: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -478,13 +493,6 @@ def test_each_response_of_a_step_has_its_own_seed_and_the_first_updates_their_lo
     assert len({request.seed for request in requests + other_step}) == 24
     again = make_requests(12, 4, 5, 7, samples_per_prompt=3)
     assert [request.seed for request in again] == [request.seed for request in requests]
-
-
-def test_every_update_has_log_probs_of_the_sampler_where_an_algorithm_wants_them() -> None:
-    args = SimpleNamespace(samples_per_prompt=1, updates_per_batch=2, seed=0)
-    prompts = [Prompt({"id": "a"}, "", [1])] * 4
-    requests = train_online.make_requests(prompts, args, 1, all_logprobs=True)
-    assert all(request.logprobs for request in requests)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -651,10 +659,10 @@ def test_filter_unsolved_drops_prompts_that_the_reference_never_solved(
     values = edit_values(stage1.file, tmp_path / "values.json", unsolve)
     flags = ["--values", str(values), "--batch-size", "6", "--out", str(tmp_path / "run")]
     args = train_online.make_parser().parse_args([*flags, "--filter-unsolved"])
-    assert len(train_online.check(args).entries) == 10
+    assert len(train_online.check(args).prompts) == 10
     args = train_online.make_parser().parse_args([*flags, "--beta1", "inf"])
     data = train_online.check(args)
-    assert len(data.entries) == 40
+    assert len(data.prompts) == 40
     assert data.v_star["p0"] == 0.0 and data.v_star["p39"] == pytest.approx(1 / 8)
 
 
