@@ -144,6 +144,7 @@ METRIC_NAMES = {
     "tokens_per_second",
     "peak_gib",
     "eval_accuracy",
+    "eval_truncated",
 }
 
 
@@ -285,7 +286,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
     temperature = data.values.header["temperature"]
     max_tokens = data.values.header["max_tokens"]
     if run.eval_prompts and run.last_step == 0:
-        log_metrics(run, {"step": 0, "eval_accuracy": evaluate(run, max_tokens)})
+        log_metrics(run, {"step": 0} | evaluate(run, max_tokens))
 
     stop_flag = command_line.StopFlag()
     stopped_by = 0
@@ -340,7 +341,7 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
         check_metrics(metrics, temperature)
         is_last = step == args.num_steps
         if run.eval_prompts and (is_last or step % args.eval_every == 0):
-            metrics["eval_accuracy"] = evaluate(run, max_tokens)
+            metrics |= evaluate(run, max_tokens)
         own_updates = updates[: args.updates_per_batch]  # `prepare` may have added others
         log_step(run, metrics, responses[: args.log_samples], own_updates)
 
@@ -449,11 +450,14 @@ def gather_logratios(updates: list[list[MicroBatch]], num_logged: int) -> dict[i
     return everywhere
 
 
-def evaluate(run: Run, max_tokens: int) -> float:
-    """Return the mean reward of one greedy response to each evaluation prompt."""
+def evaluate(run: Run, max_tokens: int) -> dict[str, float]:
+    """Return the metrics of one greedy response to each evaluation prompt."""
     requests = [Request(prompt) for prompt in run.eval_prompts]
     responses = engine.gather(list(engine.sample(run.llm, requests, 0.0, max_tokens)))
-    return sum(response.reward for response in responses) / len(responses)
+    return {
+        "eval_accuracy": sum(response.reward for response in responses) / len(responses),
+        "eval_truncated": sum(not response.finished for response in responses) / len(responses),
+    }
 
 
 def used_memory() -> float:

@@ -1,1 +1,1 @@
-"""The machinery behind the three stages. A first reader can leave this folder closed."""
+"""The machinery behind the three stages: tasks, sampling, grading, the model, files."""

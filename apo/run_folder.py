@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
 # An empty file in the run's folder, written with the first checkpoint. Without it, a run that was
 # stopped early could not be told from one whose checkpoints were moved away.
 HAS_CHECKPOINTS = "has_checkpoints"
+COLUMNS = 100  # of the longest line on the terminal
 
 
 class Progress(NamedTuple):
@@ -203,23 +204,29 @@ class RunLog:
         self.samples_file.flush()
 
     def describe(self, metrics: dict[str, Any]) -> str:
-        """Say in one line of at most 100 columns how far the run is."""
-        parts = [f"step {metrics['step']}/{self.num_steps}"]
-        if "reward" in metrics:  # step 0, the untrained model, has its accuracy alone
-            self.seconds.append(metrics["seconds_total"])
-            # The recent speed: responses grow longer or shorter while a model learns.
-            recent = self.seconds[-20:]
-            left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)
-            parts.append(f"reward {metrics['reward']:.3f}")
-            parts.append(f"V* {metrics['v_star']:.3f}")
-            if "logratio" in metrics:
-                parts.append(f"KL {metrics['logratio']:.3f}")
-            parts.append(f"length {metrics['response_tokens']:.0f}")
-            decimals = 1 if metrics["seconds_total"] < 100 else 0
-            parts.append(f"{metrics['seconds_total']:.{decimals}f} s")
-            parts.append(f"{describe_seconds(left)} left")
+        """Say in one line of at most COLUMNS how far the run is."""
+        progress = f"step {metrics['step']}/{self.num_steps}"
+        if "reward" not in metrics:  # step 0, the untrained model, has its evaluation alone
+            share = f"{metrics['eval_truncated']:.1%} truncated"
+            return f"{progress}  test {metrics['eval_accuracy']:.1%} ({share})"
+
+        self.seconds.append(metrics["seconds_total"])
+        # The recent speed: responses grow longer or shorter while a model learns.
+        recent = self.seconds[-20:]
+        left = (self.num_steps - metrics["step"]) * sum(recent) / len(recent)
+        truncated = f"truncated {metrics['truncated']:.0%}"
+        decimals = 1 if metrics["seconds_total"] < 100 else 0
+        parts = [progress, f"reward {metrics['reward']:.3f}", f"V* {metrics['v_star']:.3f}"]
+        if "logratio" in metrics:
+            parts.append(f"KL {metrics['logratio']:.3f}")
+        parts.append(f"length {metrics['response_tokens']:.0f}")
+        parts.append(truncated)
+        parts.append(f"{metrics['seconds_total']:.{decimals}f} s")
+        parts.append(f"{describe_seconds(left)} left")
         if "eval_accuracy" in metrics:
             parts.append(f"test {metrics['eval_accuracy']:.1%}")
+        if len("  ".join(parts)) > COLUMNS:
+            parts.remove(truncated)
         return "  ".join(parts)
 
 

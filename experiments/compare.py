@@ -5,6 +5,7 @@ Question: which algorithm reaches a given reward with the fewest tokens, and in 
 Command:  python -m experiments.countdown make           the task and its reference
           python -m experiments.compare
           python -m experiments.compare --rows controls --seeds 3
+          python -m experiments.compare --rows same-rate --rates 1e-4 --kl-weight 1e-3 --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Two runs go at a time, with one thread each. Finished runs are kept, so
@@ -20,8 +21,8 @@ an eighth of the prompts. Each row of the comparison has its own learning rate a
 term. Four runs try two rates with two weights. If the best rate is the lowest or the highest of
 these, a fifth run tries half or twice that rate. The run that ends with the highest reward wins.
 The seed of these runs is used for nothing else. The other tables take rate and weight from the row
-that `tuned_as` names. With a single one in --rates nothing is tuned, and the weight is the
-published one. With --tuned, rate and weight come from an earlier comparison.
+that `tuned_as` names. With a single one in --rates nothing is tuned, and the weight is that of
+--kl-weight, or the published one. With --tuned, rate and weight come from an earlier comparison.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -164,14 +165,16 @@ A_STAR_PO_ABLATIONS = [
 ]
 
 
-def off_policy_settings(data: str, command: str, num_updates: int) -> list[Setting]:
+def off_policy_settings(
+    data: str, command: str, num_updates: int, share: float = 1.0
+) -> list[Setting]:
     """Put V*, the mean reward and 0 in V*'s place, all on the same kind of data.
 
     The rate was tuned with 2 updates per step. With n updates, each has another share of the
     batch, so the rate is scaled by the square root of 2 / n, the rule for Adam (Malladi et al.
-    2022, arXiv 2205.10287).
+    2022, arXiv 2205.10287). Only this `share` of that rate is used.
     """
-    scale = math.sqrt(2 / num_updates)
+    scale = share * math.sqrt(2 / num_updates)
     return [
         Setting(f"{data}_v_star", command, rate_scale=scale),
         Setting(f"{data}_mean", f"{command} --beta1 inf", rate_scale=scale),
@@ -181,12 +184,15 @@ def off_policy_settings(data: str, command: str, num_updates: int) -> list[Setti
 
 # Two factors: how old the data is, and what stands in V*'s place. `replay` makes 4 updates, each on
 # a whole rollout. By the rule above it would have the rate of 1 update. It gets that of 4 updates,
-# because it uses each response 4 times.
+# because it uses each response 4 times. All three collapse at that rate, so that a quarter of it is
+# tried as well.
+REPLAY = f"{BASELINE} replay --updates-per-batch 1"
 OFF_POLICY = [
     *off_policy_settings("updates_1", "train_online --updates-per-batch 1", 1),
     *off_policy_settings("updates_4", "train_online --updates-per-batch 4", 4),
     *off_policy_settings("updates_16", "train_online --updates-per-batch 16", 16),
-    *off_policy_settings("replay", f"{BASELINE} replay --updates-per-batch 1", 4),
+    *off_policy_settings("replay", REPLAY, 4),
+    *off_policy_settings("replay_quarter", REPLAY, 4, share=0.25),
 ]
 # Why do the methods differ? Against V* the advantages sum to less than 0, against the mean reward
 # to about 0, and against 0 to more. The rows of A*-PO have the rate and the KL weight of `mean`, so
@@ -224,6 +230,7 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
+    "same-rate": COMPARISON,  # with one learning rate and one KL weight for all: see the commands
     "controls": [
         *as_tuned_for("mean", A_STAR_PO_CONTROLS),
         *(GRPO_CLIPPED, REBEL_UNCLIPPED, PPO_LAMBDA_1),
@@ -413,6 +420,8 @@ def parse_args() -> argparse.Namespace:
         default=[1e-4, 2e-4],
         help="learning rates to try; a single one is used as it is, with the published KL weight",
     )
+    weight_help = "weight of the KL term for all rows; it needs a single one in --rates"
+    add("--kl-weight", type=command_line.positive_number, metavar="WEIGHT", help=weight_help)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
     no_seconds = "leave them out of table and picture, if other work ran beside some of the runs"
     add("--no-seconds", action="store_true", help=no_seconds)
@@ -444,6 +453,8 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
     for name in args.only or []:
         if name not in settings:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
+    if args.kl_weight is not None and (len(args.rates) > 1 or args.tuned is not None):
+        raise UserError("--kl-weight needs a single one in --rates, and no --tuned")
     if args.rows == "process" and args.task != "none":
         raise UserError("--rows process needs --task none, see experiments/process.py")
     chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]
@@ -462,11 +473,15 @@ def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], 
 
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
     them, half or twice that rate is tried as well, with the same weight. With a single rate,
-    nothing is tried, and the weight is the published one.
+    nothing is tried, and the weight is that of --kl-weight, or the published one.
     """
     weights_of = {setting.method: setting.kl_weight for setting in COMPARISON}
     if len(args.rates) == 1:
-        return {name: Tuned(args.rates[0], weights_of[name].published) for name in names}, []
+        chosen = {}
+        for name in names:
+            weight = args.kl_weight or weights_of[name].published
+            chosen[name] = Tuned(args.rates[0], weight)
+        return chosen, []
     candidates = []
     for rate in args.rates:
         for name in names:

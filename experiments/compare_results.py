@@ -433,11 +433,11 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         "updates_4": "4 updates",
         "updates_16": "16 updates",
         "replay": "replay of\n4 rollouts",
+        "replay_quarter": "replay at a quarter\nof the rate",
     }
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     has_errors = results[0]["seeds"] > 1
     labels = []
-    at_replay = {}
     for shift, (baseline, label) in enumerate(
         (("v_star", "V*"), ("mean", "mean reward"), ("zero", "0"))
     ):
@@ -453,11 +453,22 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         bars = errors if has_errors else None
         axes.errorbar(places, means, bars, marker="o", markersize=4, capsize=3, color=colour)
         labels.append(Label(f"with {label}", means[-1], colour))
-        at_replay[label] = means[-1]
-    best = max(at_replay, key=at_replay.get)
     axes.set_xticks(range(len(ticks)), ticks.values())
     note = "bar: ± 1 s.e." if has_errors else "one run each"
-    title = f"With replay, A*-PO ends highest with {best}"
+    title = "The reward at the end, by the age of the data"
+    if has_errors:
+        leads = [data for data in ticks if v_star_leads(rows, data)]
+        title = f"V* is ahead with {', '.join(leads)}" if leads else "With no data is V* ahead"
     finish(axes, title, "updates on each rollout", f"reward at the end ({note})")
     label_lines(axes, labels)
     save(figure, out)
+
+
+def v_star_leads(rows: dict[str, dict], data: str) -> bool:
+    """Say whether V* ends above both the mean and 0, by more than two standard errors each."""
+    v_star = rows[f"{data}_v_star"]["reward_final"]
+    for baseline in ("mean", "zero"):
+        other = rows[f"{data}_{baseline}"]["reward_final"]
+        if v_star.mean - other.mean <= 2 * math.hypot(v_star.error, other.error):
+            return False
+    return True

@@ -715,6 +715,28 @@ def test_off_policy_data_is_drawn(tmp_path):
     assert (tmp_path / "off-policy.png").stat().st_size > 10_000
 
 
+def test_all_rows_may_have_one_rate_and_one_weight() -> None:
+    names = [setting.method for setting in compare.COMPARISON]
+    args = SimpleNamespace(rates=[0.5], kl_weight=0.25)
+    tuned, lines = compare.tune(args, names)
+    assert tuned == dict.fromkeys(names, compare.Tuned(0.5, 0.25)) and lines == []
+    args.kl_weight = None
+    tuned, _ = compare.tune(args, names)
+    assert tuned["a_star_po_n8"].kl_weight == 0.001 and tuned["grpo_8"].kl_weight == 0.04
+
+
+@pytest.mark.parametrize(
+    ("mean", "leads"), [(0.3, False), (0.32, False), (0.34, True)], ids=["behind", "near", "ahead"]
+)
+def test_v_star_leads_by_more_than_two_standard_errors(mean: float, leads: bool) -> None:
+    """Over the mean and over 0; the error of a difference here is 0.014."""
+    rewards = {"v_star": mean, "mean": 0.31, "zero": 0.3}
+    rows = {}
+    for name, reward in rewards.items():
+        rows[f"replay_{name}"] = {"reward_final": compare_results.Estimate(reward, 0.01)}
+    assert compare_results.v_star_leads(rows, "replay") == leads
+
+
 def test_a_finished_job_is_kept(tmp_path):
     """Half a job is not, and one of another command is refused by name."""
     script = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); "

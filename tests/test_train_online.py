@@ -129,11 +129,14 @@ def test_evaluation_is_the_mean_reward_of_greedy_responses(
 ) -> None:
     def sample(llm: None, requests: list, temperature: float, max_tokens: int) -> list[Response]:
         assert (temperature, max_tokens) == (0.0, 9)
-        return [as_sampled(n, reward=float(n > 0), num_tokens=3) for n in range(len(requests))]
+        responses = []
+        for n in range(len(requests)):
+            responses.append(as_sampled(n, reward=float(n > 0), num_tokens=3, finished=n > 0))
+        return responses
 
     monkeypatch.setattr(train_online.engine, "sample", sample)
     run = SimpleNamespace(llm=None, eval_prompts=[Prompt({"id": "a"}, "", [1])] * 4)
-    assert train_online.evaluate(run, 9) == 0.75
+    assert train_online.evaluate(run, 9) == {"eval_accuracy": 0.75, "eval_truncated": 0.25}
 
 
 def test_the_metrics_of_responses_by_hand() -> None:
@@ -346,7 +349,8 @@ def test_policy_starts_as_the_reference(one_rank: Path, straight: SimpleNamespac
 
 def test_metrics_hold_what_the_contract_promises(straight: SimpleNamespace) -> None:
     untrained, *rows = read_metrics(straight.folder)
-    assert untrained.keys() >= {"step", "eval_accuracy"} and "loss" not in untrained
+    assert untrained.keys() >= {"step", "eval_accuracy", "eval_truncated"}
+    assert "loss" not in untrained
     assert untrained["step"] == 0
     assert [row["step"] for row in rows] == list(range(1, 9))
     prompts = straight.values["prompts"]
@@ -378,11 +382,16 @@ def test_each_step_is_one_line_of_at_most_100_columns(straight: SimpleNamespace)
             assert "left" in line
         if "eval_accuracy" in row:
             assert f"{row['eval_accuracy']:.1%}" in line
+        if row["step"] > 0:
+            assert f"truncated {row['truncated']:.0%}" in line
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
 @pytest.mark.parametrize("seconds", [0.5, 99.94, 4000.0])
-@pytest.mark.parametrize("logratio", [0.0, -1.234e-05, 0.000987, 123.456])
-def test_a_long_run_fits_into_100_columns(seconds: float, logratio: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logratio", [0.0, -1.234e-05, 0.000987, -99.9, 123.456])
+def test_a_long_run_fits_into_100_columns(
+    evaluated: bool, seconds: float, logratio: float, tmp_path: Path
+) -> None:
     log = RunLog(tmp_path, 5000)
     row = {
         "step": 1234,
@@ -391,8 +400,10 @@ def test_a_long_run_fits_into_100_columns(seconds: float, logratio: float, tmp_p
         "logratio": logratio,
         "response_tokens": 16384.4,
         "seconds_total": seconds,
-        "eval_accuracy": 1.0,
+        "truncated": 1.0,
     }
+    if evaluated:
+        row["eval_accuracy"] = 1.0
     assert len(log.describe(row)) <= 100, log.describe(row)
 
 
