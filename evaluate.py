@@ -17,7 +17,7 @@ with the same flags, it continues. A model that train_online.py made gets prompt
 training, by its run's config.json.
 """
 
-from apo import environment  # noqa: F401 - first: it says so if the environment is not active
+from apo import environment  # noqa: F401 - it ends with a sentence if no environment is active
 
 # isort: split
 import argparse
@@ -496,10 +496,10 @@ def sample_benchmark(
         [benchmark.num_samples] * len(benchmark.prompts),
         path,
         identity,
-        args.seed,
-        benchmark.temperature,
-        args.max_tokens,
-        args.top_p,
+        seed=args.seed,
+        temperature=benchmark.temperature,
+        max_tokens=args.max_tokens,
+        top_p=args.top_p,
     )
 
 

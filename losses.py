@@ -22,6 +22,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+CHUNK = 512  # rows of logits that are computed at a time
+
 
 def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
     """Eq. (1): V* = beta1 ln((1/N) sum_i exp(r_i / beta1)), rewards (P, N) -> v_star (P,).
@@ -77,7 +79,7 @@ def value_standard_error(rewards: Tensor, beta1: float) -> Tensor:
 
 
 def token_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK
 ) -> Tensor:
     """Return ln softmax(hidden weight^T / temperature) at the targets.
 

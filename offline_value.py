@@ -15,7 +15,7 @@ Scored responses go to OUT.partial/ as they come. If this is killed and started 
 flags, it samples only what is missing.
 """
 
-from apo import environment  # noqa: F401 - first: it says so if the environment is not active
+from apo import environment  # noqa: F401 - it ends with a sentence if no environment is active
 
 # isort: split
 import argparse
@@ -317,9 +317,9 @@ def sample_values(
             counts,
             out,
             identity,
-            args.seed,
-            args.temperature,
-            args.max_tokens,
+            seed=args.seed,
+            temperature=args.temperature,
+            max_tokens=args.max_tokens,
             # Later rounds ask the hard prompts alone, whose responses may well be long.
             must_finish=first_round,
         )

@@ -16,7 +16,7 @@ It uses all GPUs of this machine, or the CPU if there is none. On several machin
 with torchrun (docs/hardware.md).
 """
 
-from apo import environment  # noqa: F401 - first: it says so if the environment is not active
+from apo import environment  # noqa: F401 - it ends with a sentence if no environment is active
 
 # isort: split
 import argparse

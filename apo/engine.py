@@ -130,9 +130,9 @@ def check_hardware(num_gpus: int) -> None:
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = files.one_line(error)
         raise UserError(
-            f"CUDA {torch.version.cuda} does not start ({reason:.300}). If the driver is too old, "
+            f"CUDA {torch.version.cuda} does not start ({reason}). If the driver is too old, "
             "update it (CUDA 13 needs 580 or newer). For the CPU: make demo KIND=cpu"
         ) from error
     for number in range(num_gpus):
@@ -274,14 +274,14 @@ def start_engine(
     try:
         return LLM(**options)
     except ValidationError as error:  # by vLLM's check of the model's config
-        reason = " ".join(error.errors()[0]["msg"].split())
-        raise UserError(f"vLLM does not take {model}: {reason:.300}") from error
+        reason = files.one_line(error.errors()[0]["msg"])
+        raise UserError(f"vLLM does not take {model}: {reason}") from error
     except ValueError as error:
         # vLLM has no type of its own for too little memory. It names it, and what would help.
         if "memory" not in str(error) and "KV cache" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"vLLM has too little memory for {model}: {reason:.400}") from error
+        reason = files.one_line(error)
+        raise UserError(f"vLLM has too little memory for {model}: {reason}") from error
 
 
 def gpu_options() -> dict[str, Any]:

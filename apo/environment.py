@@ -1,4 +1,4 @@
-"""Is this the right Python? The stages import this first, before any library."""
+"""End with one sentence if Python or a library is missing. The stages import this first."""
 
 import importlib.util
 import os

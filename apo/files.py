@@ -54,6 +54,11 @@ class UserError(Exception):
     """A mistake in flags or files. The script prints its one sentence and exits with code 2."""
 
 
+def one_line(error: Exception | str) -> str:
+    """Return the message of a library's error in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading
 
@@ -252,8 +257,8 @@ def model_folder(model: str) -> Path:
                 )
             )
         except Exception as error:  # the hub's library raises a dozen unrelated types
-            reason = " ".join(str(error).split())
-            raise UserError(f"no model {model!r}, here or on the hub: {reason:.300}") from error
+            reason = one_line(error)
+            raise UserError(f"no model {model!r}, here or on the hub: {reason}") from error
     for pattern in ("config.json", "*.safetensors", "*token*"):
         if not any(folder.glob(pattern)):
             raise UserError(f"{folder} is not a model: it has no {pattern}")

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+import losses
+
 GIB = 2**30
 BLOCK = 16  # tokens; vLLM hands the cache out in such blocks
 # The engine runs at most this many responses at once, and the cache has room for so many at their
@@ -30,7 +32,6 @@ MOST_AT_ONCE = 256
 # graphs, and memory lost to fragmentation. These two are a guess until they are measured.
 RESERVE_BYTES = 1.5 * GIB
 RESERVE_SHARE = 0.05  # of what is free
-CHUNK = 512  # rows of logits at a time, as in losses.token_logprob
 
 
 class ModelSize(NamedTuple):
@@ -183,7 +184,7 @@ def activations(size: ModelSize, setup: Setup) -> int:
     # there are three gradients of the head: of the earlier chunks, of this one, and their sum. The
     # last norm keeps four states, and the rows that the head reads are one more. The rotary
     # positions are the same in all layers.
-    chunk = 3 * 4 * CHUNK * size.vocabulary
+    chunk = 3 * 4 * losses.CHUNK * size.vocabulary
     head_gradient = 2 * size.vocabulary * size.hidden
     logits = chunk
     if all_trained:

@@ -277,9 +277,9 @@ def read_split(dataset: Dataset, name: str, serves: str | None) -> list[dict]:
     try:
         loaded = datasets.load_dataset(dataset.source, dataset.config, split=split)
     except Exception as error:  # the hub and the library raise a dozen unrelated types
-        reason = " ".join(str(error).split())
+        reason = files.one_line(error)
         what = f"cannot load {name} from the hub ({dataset.source})"
-        raise UserError(f"{what}: {reason:.300}") from error
+        raise UserError(f"{what}: {reason}") from error
     return list(loaded)
 
 
@@ -525,8 +525,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the library raises a dozen unrelated types, and a Rust exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot load the tokenizer of {folder}: {reason:.300}") from error
+        reason = files.one_line(error)
+        raise UserError(f"cannot load the tokenizer of {folder}: {reason}") from error
 
 
 def check_prompts(prompts: list[Prompt], vocabulary_size: int, tokenizer: Any) -> None:

@@ -169,8 +169,8 @@ class RunLog:
         try:
             self.tracker.init(project="a-star-po", name=self.out.name, config=config)
         except Exception as error:  # each has its own types, and those of the network
-            reason = " ".join(str(error).split())
-            raise UserError(f"--tracker {name} does not start: {reason:.300}") from error
+            reason = files.one_line(error)
+            raise UserError(f"--tracker {name} does not start: {reason}") from error
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write one step's metrics: to the file, to the tracker, and in short to the terminal."""

@@ -1,4 +1,4 @@
-"""Is this a model that the trainer computes right? It is asked before the long runs begin.
+"""Refuse models that the trainer would compute wrongly, before the long runs begin.
 
 The trainer lays sequences end to end, uses its own attention, and takes ln pi from the last hidden
 states. An architecture that needs anything else (a window, scaled logits, a state that flows on
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo import engine
+from apo import engine, files
 from apo.engine import Request, Response
 from apo.files import UserError
 from apo.policy import (
@@ -89,8 +89,8 @@ def check_layers(folder: Path) -> None:
         with torch.device("meta"):  # shapes without weights
             lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except Exception as error:  # a config.json can be wrong in many ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{folder}: its config.json describes no model ({reason:.300})") from error
+        reason = files.one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{folder}: its config.json describes no model ({reason})") from error
     if not hasattr(lm.base_model, "layers"):
         raise UserError(
             f"{folder} ({lm.config.model_type}) is not supported: its layers are not where the "
@@ -105,8 +105,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(folder).to_dict()
     except Exception as error:  # the library raises a dozen unrelated types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} is not supported: {reason:.300}") from error
+        reason = files.one_line(error)
+        raise UserError(f"{folder} is not supported: {reason}") from error
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -278,10 +278,10 @@ def packed_logprobs(lm: torch.nn.Module, responses: list[Response]) -> Tensor:
     except Exception as error:  # an architecture that is made in another way fails in many ways
         if is_our_mistake(error):
             raise
-        reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+        reason = files.one_line(f"{type(error).__name__}: {error}")
         raise UserError(
             f"{lm.config.model_type} is not supported: its layers cannot run packed sequences "
-            f"({reason:.200})"
+            f"({reason})"
         ) from error
 
 
