@@ -15,7 +15,6 @@ checked, and none of them knows architectures by name:
 
 import math
 import os
-import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path

@@ -199,7 +199,11 @@ def test_the_model_is_checked_before_anything_is_sampled(
         raise UserError("computed in another way")
 
     monkeypatch.setattr(offline_value.self_check, "check_model", refuse)
-    monkeypatch.setattr(offline_value.engine, "sample_all", lambda *args: pytest.fail("sampled"))
+
+    def sample_all(*args: object, **options: object) -> None:
+        pytest.fail("sampled")
+
+    monkeypatch.setattr(offline_value.engine, "sample_all", sample_all)
     with pytest.raises(UserError, match="another way"):
         offline_value.main()
 
@@ -210,8 +214,8 @@ def test_a_model_that_never_ends_is_noticed_in_stage_1(
     class Sampled(Exception):
         pass
 
-    def sample_all(*args: object, must_finish: bool = False) -> None:
-        assert must_finish
+    def sample_all(*args: object, **options: object) -> None:
+        assert options["must_finish"]
         raise Sampled
 
     monkeypatch.setattr(offline_value.self_check, "check_model", lambda *args: None)
