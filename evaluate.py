@@ -552,21 +552,10 @@ def sample_missing(
     return done
 
 
-def refuse_other_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Raise UserError if another flag stands beside --grade: it would have no effect."""
-    for name, value in vars(args).items():
-        if name != "grade" and value != parser.get_default(name):
-            raise UserError(
-                f"--{name.replace('_', '-')} has no effect beside --grade: leave it out"
-            )
-
-
 def main() -> None:
     """Check, sample, score, save, print."""
-    parser = make_parser()
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if args.grade is not None:
-        refuse_other_flags(args, parser)
         print_table({Path(args.grade).stem: grade_file(Path(args.grade))})
         return
     # What needs no engine is checked before it starts.

@@ -194,7 +194,7 @@ def check_writable(out: str | Path, is_folder: bool = False, flag: str = "--out"
             raise UserError(f"{flag} cannot be written: the name {part:.40}... is too long")
     for place in (path, *path.parents):
         refuse_broken_link(place)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = f"{path}.partial"
     if os.path.isfile(partial):
         raise UserError(f"{flag} {out} needs a folder {partial}, and that is a file")
     for place in (path, path.parent):

@@ -99,6 +99,10 @@ OFFLINE_VALUE = {
     "out below a file": ("--out {files}/good.jsonl/values.json", "good.jsonl"),
     "out is a folder": ("--out {files}", "is a folder"),
     "out is the root": ("--out /", "is a folder"),
+    "partial results where a file is": ("--out {files}/taken.json", "taken.json.partial"),
+    "more tokens than can be counted": ("--max-tokens " + 400 * "9", "--max-tokens"),
+    "a temperature of billions": ("--temperature 2e9", "--temperature"),
+    "solutions of GSM8K": ("--dataset {files}/solutions.jsonl", "####"),
     "out with too long a name": ("--out {out}" + 250 * "v", "too long"),
 }
 TRAIN_ONLINE = {
@@ -110,6 +114,10 @@ TRAIN_ONLINE = {
     "rewards that are missing": ("--values {files}/unrewarded.json", "prompt 2"),
     "no rewards": ("--values {files}/no-rewards.json", "prompt 2"),
     "a reward beyond all numbers": ("--values {files}/huge.json", "prompt 2"),
+    "a reward whose square is too large": ("--values {files}/large.json", "prompt 2"),
+    "an empty prompt": ("--values {files}/empty-prompt.json", "n1"),
+    "a solution of GSM8K": ("--values {files}/solution.json", "####"),
+    "more steps than can be counted": ("--num-steps " + 400 * "9", "--num-steps"),
     "a beta1 beyond all numbers": ("--values {files}/huge-beta1.json", "beta1"),
     "a template without a question": ("--values {files}/no-question.json", "{{question}}"),
     "tokenizer.json torn": ("--values {files}/torn-tokenizer.json", "tokenizer"),
@@ -159,6 +167,7 @@ EVALUATE = {
     "grade tokens that are a text": ("--grade {files}/tokens.jsonl", "row 2"),
     "grade finished that is a text": ("--grade {files}/finished.jsonl", "row 2"),
     "grade an id that is a list": ("--grade {files}/id.jsonl", "row 2"),
+    "grade solutions of GSM8K": ("--grade {files}/graded-solutions.jsonl", "####"),
     "grade a file without rows": ("--grade {files}/empty.jsonl", "empty.jsonl"),
     "grade a folder": ("--grade {files}", "{files}"),
     "grade an object": ("--grade {files}/object.json", "object.json"),
@@ -227,7 +236,11 @@ def places(model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory)
     (folder / "damaged.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     (folder / "folder.jsonl").mkdir()
     (folder / "deep.jsonl").write_text("[" * 200_000)
+    (folder / "taken.json.partial").touch()
+    solution = "Half of 4 is 4/2 = 2.\n#### 2"
+    write_lines(folder / "solutions.jsonl", [good | {"answer": solution}])
     graded = {"answer": "1", "output": r"\boxed{1}"}
+    write_lines(folder / "graded-solutions.jsonl", [graded | {"answer": solution}])
     write_lines(folder / "number-output.jsonl", [graded, graded | {"output": 1}])
     write_lines(folder / "tokens.jsonl", [graded, graded | {"tokens": "many"}])
     write_lines(folder / "finished.jsonl", [graded, graded | {"finished": "no"}])
@@ -271,6 +284,9 @@ def make_values(model: Path, folder: Path) -> None:
         "unrewarded": {"rewards": None},
         "no-rewards": {"rewards": []},
         "huge": {"rewards": [0, 10**400]},
+        "large": {"rewards": [0, 1e200]},
+        "empty-prompt": {"prompt": ""},
+        "solution": {"answer": "4/2 = 2\n#### 2"},
         "number-prompt": {"prompt": 5},
         "list-row": {"row": [1]},
         "twice": {"id": "n0"},

@@ -395,15 +395,6 @@ def test_tokens_without_an_embedding_are_refused(
         evaluate.load_benchmarks(args, {})
 
 
-@pytest.mark.parametrize("flags", ["--limit 10", "--out results/new", "--num-samples 4"])
-def test_a_flag_without_effect_beside_grade_is_refused(flags: str, tmp_path: Path) -> None:
-    words = ["--grade", str(tmp_path / "outputs.jsonl"), *flags.split()]
-    parser = evaluate.make_parser()
-    with pytest.raises(UserError, match=words[2]):
-        evaluate.refuse_other_flags(parser.parse_args(words), parser)
-    evaluate.refuse_other_flags(parser.parse_args(words[:2]), parser)
-
-
 def test_solutions_of_gsm8k_are_no_answers(tmp_path: Path) -> None:
     """Each would be compared as a whole, and earn 0."""
     row = {"answer": "24 + 48 = 72\n#### 72", "output": r"\boxed{72}"}

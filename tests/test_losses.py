@@ -52,6 +52,13 @@ def value(rewards: list[float], beta1: float) -> float:
     return losses.optimal_value(torch.tensor([rewards], dtype=FLOAT64), beta1).item()
 
 
+def test_beta1_may_be_a_large_whole_number() -> None:
+    """JSON may hold one, and torch takes none above 2^63."""
+    rewards = torch.tensor([[0.0, 1.0]], dtype=FLOAT64)
+    assert losses.optimal_value(rewards, 10**20).item() == pytest.approx(0.5)
+    assert losses.value_standard_error(rewards, 10**20).item() > 0
+
+
 @pytest.mark.parametrize("beta1", BETAS)
 def test_v_star_is_exact_for_any_beta1(beta1: float) -> None:
     """Below beta1 = 0.01 a plain exp overflows; above 1e8 a plain logsumexp has lost its digits."""

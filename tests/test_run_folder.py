@@ -226,6 +226,13 @@ def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
         resume(out, lr=0.3, values_digest="0")
 
 
+def test_checkpoints_cannot_be_a_file(tmp_path: Path) -> None:
+    """Else the first checkpoint fails, after up to --save-every steps."""
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="is a file"):
+        resume(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "final", "checkpoints", HAS_CHECKPOINTS])
 def test_a_folder_with_anything_else_is_no_failed_start(name: str, tmp_path: Path) -> None:
     files.write_json(tmp_path / "config.json", {"values_digest": "0"})
