@@ -5,9 +5,10 @@
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         the theory and the comparison (about five hours on two fast cores; it goes on
+# make results         the theory and the comparison (about six hours on two fast cores; it goes on
 #                      where it was stopped)
-# make ablations       the ablations, and off-policy data (about four hours, as above)
+# make ablations       the ablations, off-policy data, and values after each line (about four hours,
+#                      as above)
 # make clean           remove the environment, the models and the problems that the above made
 #
 # Each makes the environment in .venv/ first, if it is missing or older than its requirements file:
@@ -103,15 +104,23 @@ results ablations: export OMP_NUM_THREADS := 1
 results: $(ENVIRONMENT) countdown/reference
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.regret
+	$(RUN) -m experiments.adaptive
 	$(RUN) -m experiments.compare
 	$(RUN) -m experiments.compare --rows controls --seeds 3
+	$(RUN) -m experiments.compare --rows same-rate --rates 1e-4 --kl-weight 1e-3 --seeds 3
 
-ablations: $(ENVIRONMENT) countdown/reference
+ablations: $(ENVIRONMENT) countdown/reference toy/reference
 	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
 	$(RUN) -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
+	$(RUN) -m experiments.compare --rows process --only response lines_2 --task none \
+	    --model toy/reference --dataset toy/train.jsonl --test toy/test.jsonl --max-tokens 128 \
+	    --rates 1e-4 --goals .7 .8 .9 --num-steps 40 --seeds 3 --eval-samples 8 --work runs/process
 
 countdown/reference: | $(ENVIRONMENT)
 	$(RUN) -m experiments.countdown make
+
+toy/reference: | $(ENVIRONMENT)
+	$(RUN) -m experiments.toy --out toy
 
 # A half-finished install keeps another name.
 .venv/smollm: | $(ENVIRONMENT)
