@@ -101,10 +101,10 @@ lint: $(ENVIRONMENT)
 
 # A second thread hardly helps so small a model.
 results ablations: export OMP_NUM_THREADS := 1
-results: $(ENVIRONMENT) countdown/reference
+results: $(ENVIRONMENT) countdown/reference toy/values-32.json countdown/values-32.json
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.regret
-	$(RUN) -m experiments.adaptive
+	$(RUN) -m experiments.adaptive toy/values-32.json countdown/values-32.json
 	$(RUN) -m experiments.compare
 	$(RUN) -m experiments.compare --rows controls --seeds 3
 	$(RUN) -m experiments.compare --rows same-rate --rates 1e-4 --kl-weight 1e-3 --seeds 3
@@ -121,6 +121,14 @@ countdown/reference: | $(ENVIRONMENT)
 
 toy/reference: | $(ENVIRONMENT)
 	$(RUN) -m experiments.toy --out toy
+
+toy/values-32.json: | toy/reference
+	$(RUN) offline_value.py --model toy/reference --dataset toy/train.jsonl --max-tokens 128 \
+	    --num-value-samples 32 --out $@
+
+countdown/values-32.json: | countdown/reference
+	$(RUN) -m experiments.countdown offline_value --dataset countdown --model countdown/reference \
+	    --max-tokens 160 --num-value-samples 32 --out $@
 
 # A half-finished install keeps another name.
 .venv/smollm: | $(ENVIRONMENT)

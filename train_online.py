@@ -122,7 +122,7 @@ def a_star_po(beta2: float) -> Algorithm:
     return Algorithm(loss)
 
 
-# The metrics of every step. A loss may not return a statistic with such a name.
+# The metrics that a step can have. A loss may not return a statistic with such a name.
 METRIC_NAMES = {
     "step",
     "lr",
@@ -419,7 +419,7 @@ def split_into_updates(
 def summarize(responses: list[Response], seconds: float) -> dict[str, float]:
     """Return the metrics of a step's responses, those of all ranks: means, and tokens per second.
 
-    A fork that wants another number of the whole batch adds it here.
+    A fork that wants another number of the whole batch adds it here, and its name to METRIC_NAMES.
     """
     count = len(responses)
     num_tokens = sum(len(response.ids) for response in responses)

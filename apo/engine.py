@@ -280,7 +280,7 @@ def start_engine(
         # vLLM has no type of its own for too little memory. It names it, and what would help.
         if "memory" not in str(error) and "KV cache" not in str(error):
             raise
-        reason = files.one_line(error)
+        reason = files.one_line(error, longest=400)
         raise UserError(f"vLLM has too little memory for {model}: {reason}") from error
 
 

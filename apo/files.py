@@ -54,9 +54,9 @@ class UserError(Exception):
     """A mistake in flags or files. The script prints its one sentence and exits with code 2."""
 
 
-def one_line(error: Exception | str) -> str:
-    """Return the message of a library's error in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+def one_line(error: Exception | str, longest: int = 300) -> str:
+    """Return the message of a library's error in one line of at most `longest` characters."""
+    return " ".join(str(error).split())[:longest]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def check_writable(out: str | Path, is_folder: bool = False, flag: str = "--out"
     for place in (path, *path.parents):
         refuse_broken_link(place)
     partial = f"{path}.partial"
-    if os.path.isfile(partial):
+    if not is_folder and os.path.isfile(partial):
         raise UserError(f"{flag} {out} needs a folder {partial}, and that is a file")
     for place in (path, path.parent):
         if place.name.endswith(".partial"):

@@ -40,8 +40,8 @@ DEEPEST = 10
 PERCENT = r"%(?=$|[,)\]=]|\\text)"  # at the end of a value, or before a word
 # A choice and its value, \textbf{(C)} 12, C) 12 or \text{C. Tuesday}; and \text{Option C}.
 CHOICE = re.compile(
-    r"""(?: \\text\{ \(? ([A-E]) [).:]+ \}? | \(? ([A-E]) [).:]+ )
-    ((?: [^A-E] | (?<=[a-zA-Z]) [A-E] | [A-E] (?=[a-zA-Z]) )+)""",
+    r"""(?: \\text\{ \(? ([A-E]) [).:]+ \}? | \(? ([A-E]) [).:]+ (?![\^_/*+]) )
+    ((?: [^A-E] | (?<=[a-zA-Z]) [A-E] | [A-E] (?=[a-zA-Z]) )++)  # no second choice""",
     re.VERBOSE,
 )
 OPTION = re.compile(r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)[: ]*\(?([A-E])\)?\}?")
@@ -82,12 +82,16 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
 
 
 def has_other_unit(gold: str, box: str) -> bool:
-    """Say whether one text is a percentage and the other has a unit: 20% is not $20."""
+    """Say whether one text is a percentage and the other has a unit: 20% is not $20.
+
+    But 5% per year may be 0.05 per year.
+    """
     is_percentage = [bool(re.search(PERCENT, text)) for text in (gold, box)]
     if is_percentage[0] == is_percentage[1]:
         return False
-    other = box if is_percentage[0] else gold
-    return split_unit(other)[1] != ""
+    percentage, other = (gold, box) if is_percentage[0] else (box, gold)
+    unit_of_percentage = split_unit(re.sub(PERCENT, "", percentage))[1]
+    return split_unit(other)[1] != "" and unit_of_percentage == ""
 
 
 def chosen_letter(box: str) -> str:

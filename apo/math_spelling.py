@@ -157,7 +157,7 @@ def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
     if not re.match(rf"\\text[^}}]*{DENIAL}", text):
         text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
-        text = re.sub(r"^\\text\{[^{}]*(?:\bis|\bare|:) *(-?\d[\d.,/]*)\.?\}$", r"\1", text)
+        text = re.sub(r"^\\text\{[^{}\d]*(?:\bis|\bare|:) *(-?\d[\d.,/]*)\.?\}$", r"\1", text)
     return re.sub(r"\\text\{ *\(?(since|because|where|for (any|all|every|some))\b.*", "", text)
 
 
@@ -240,9 +240,9 @@ def add_braces(text: str) -> str:
     # A fraction of units: m over s is m/s.
     text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
     text = re.sub(rf"\^ *(\\frac{GROUP}{GROUP})", r"^{\1}", text)
-    text = re.sub(r"\^ *(-(?:\d+|[a-zA-Z]))", r"^{\1}", text)  # 10^-3
+    text = re.sub(r"\^ *(-(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}", text)  # 10^-3
     # x^(n+1), but f^(4) is a derivative.
-    text = re.sub(r"\^ *\((?!\d\))([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"(?<![fghpq'])\^ *\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"(\\sqrt\[\w+\]) *(\w)", r"\1{\2}", text)
     text = re.sub(r"(\\(?:max|min|gcd)) *\{([^{}]*)\}", r"\1(\2)", text)
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
@@ -282,8 +282,10 @@ def read_set(text: str) -> str:
     if without:
         bounds = ["-∞", *holes(without[without.lastindex]), "∞"]
         return ",".join(f"({a},{b})" for a, b in pairwise(bounds))
-    if not re.search("[<>≤≥]", text):  # whole numbers above 2 are not all numbers above 2
-        text = re.sub(r",[a-z]=\\mathbb\{Z\}$", "", text)  # the range of the k in 2k\pi
+    whole = re.search(r",([a-z])=\\mathbb\{Z\}$", text)
+    # The range of the k in 2k\pi says nothing. But of whole numbers above 2 it does.
+    if whole and not re.search(rf"(?<![\w}}]){whole[1]}[<>≤≥]|[<>≤≥]{whole[1]}(?![\w+\\-])", text):
+        text = text[: whole.start()]
     if text == REALS:
         return "(-∞,∞)"
     if text == "{}":

@@ -94,7 +94,7 @@ class Dataset:
     config: str | None = None
     # {question} is replaced by the row's question.
     template: str = BOXED_TEMPLATE
-    # From the text of a response, without its end token, and its row to any finite number. In
+    # From the text of a response, without its end token, and its row to a number. In
     # training, a response that does not end within --max-tokens earns 0 and is not seen here. It
     # must be a function of a module, not a lambda: files name it, to say what was rewarded.
     reward: Callable[[str, dict], float] = score_mathematics
@@ -604,7 +604,10 @@ def submit_reward(response: str, row: dict) -> Future:
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"the reward function failed on row {row['id']!r}") from error
     if not abs(value) <= LARGEST_REWARD:  # this is true for nan, too
-        raise RuntimeError(f"the reward function gave {value} on row {row['id']!r}")
+        raise RuntimeError(
+            f"the reward function gave {value} on row {row['id']!r}: it must return a number, at "
+            f"most {LARGEST_REWARD:g} in size"
+        )
     future = Future()
     future.set_result(value)
     return future

@@ -56,17 +56,19 @@ class Progress(NamedTuple):
 def is_failed_start(out: Path) -> bool:
     """Say whether a folder has only what a run leaves that ended before its first step.
 
-    Its settings do not matter then: nothing was computed with them.
+    It may have evaluated the untrained model. Its settings do not matter then.
     """
-    logs = [out / "metrics.jsonl", out / "samples.jsonl"]
-    if {path.name for path in out.glob("*")} - {"config.json", *(path.name for path in logs)}:
+    if {path.name for path in out.glob("*")} - {"config.json", "metrics.jsonl", "samples.jsonl"}:
         return False
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = out / name
+        if path.exists() and any(step_of(line) > 0 for line in path.read_bytes().splitlines()):
+            return False
     try:
         config = files.read_json(out / "config.json")
     except UserError:
         return False
-    is_empty = not any(path.exists() and path.stat().st_size > 0 for path in logs)
-    return is_empty and "values_digest" in config  # another program may have a config.json, too
+    return "values_digest" in config  # another program may have a config.json, too
 
 
 def open_run(config: dict, log: "RunLog") -> Progress:

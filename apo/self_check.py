@@ -108,11 +108,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not supported: {reason}") from error
 
 
-def vocabulary_size(folder: Path) -> int:
-    """Return for how many different tokens a model has an embedding."""
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", 0)
+def vocabulary_size(folder: Path) -> float:
+    """Return for how many different tokens a model has an embedding; inf if it does not say."""
+    for config in parts_of(read_config(folder)):
+        if type(config.get("vocab_size")) is int:
+            return config["vocab_size"]
+    return math.inf
 
 
 def parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -162,7 +162,7 @@ def check_entries(document: dict, name: str) -> list[dict]:
         if entry["id"] in seen:
             raise UserError(f"{where}: an earlier prompt has the same id, {entry['id']!r}")
         seen.add(entry["id"])
-        # One reward is enough for a V*, and any finite number is a reward.
+        # One reward is enough for a V*.
         rewards = entry.get("rewards")
         if not isinstance(rewards, list) or not rewards:
             raise UserError(f'{where} ({entry["id"]}) has no list "rewards"')

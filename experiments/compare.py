@@ -455,6 +455,8 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
     if args.kl_weight is not None and (len(args.rates) > 1 or args.tuned is not None):
         raise UserError("--kl-weight needs a single one in --rates, and no --tuned")
+    if args.rows == "same-rate" and args.kl_weight is None:
+        raise UserError("--rows same-rate needs --kl-weight and a single one in --rates")
     if args.rows == "process" and args.task != "none":
         raise UserError("--rows process needs --task none, see experiments/process.py")
     chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]

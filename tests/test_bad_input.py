@@ -444,6 +444,7 @@ STARTED = {
         "a benchmark of the hub, offline": ("--benchmarks math500", "offline"),
         "a model of the hub, offline": (f"--model {HUB}", "HF_HUB_OFFLINE"),
         "no chat template": ("--chat-template", "chat template"),
+        "an architecture of another library": ("--model {models}/odd-type", "nosuch"),
         "more GPUs per engine than ranks": ("--tensor-parallel-size 2", "--tensor-parallel-size"),
         "a summary torn": ("--out {results}/torn", "summary.json"),
         "a summary that is a list": ("--out {results}/list", "summary.json"),

@@ -420,6 +420,7 @@ PATHOLOGICAL = [
     r"\sqrt{" * 60 + "2" + "}" * 60,
     r"\text{" * 90 + "}" * 90,
     "_a" * 450 + "5",
+    "A. " + 300 * "A" + " B",
     "1," * 490,
 ]
 TOKENS = [r"\frac", r"\sqrt", r"\text{", r"\text{ cm}", r"\left(", r"\{", r"\}", r"\%", r"^\circ"]

@@ -222,6 +222,9 @@ def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
     assert resume(out, lr=0.2, resume=False, values_digest="0") == Progress(False, None, 0)
     assert files.read_json(out / "config.json")["lr"] == 0.2
     (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    resume(out, lr=0.1, values_digest="0")
+    assert steps(out) == [], "the evaluation of the untrained model is made again"
+    (out / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     with pytest.raises(UserError, match="lr"):
         resume(out, lr=0.3, values_digest="0")
 
