@@ -184,8 +184,8 @@ def off_policy_settings(
 
 # Two factors: how old the data is, and what stands in V*'s place. `replay` makes 4 updates, each on
 # a whole rollout. By the rule above it would have the rate of 1 update. It gets that of 4 updates,
-# because it uses each response 4 times. With V* and the mean all runs collapse at that rate, so that
-# a quarter of it is tried as well.
+# because it uses each response 4 times. With V* and the mean all runs collapse at that rate. So a
+# quarter of it is tried as well.
 REPLAY = f"{BASELINE} replay --updates-per-batch 1"
 OFF_POLICY = [
     *off_policy_settings("updates_1", "train_online --updates-per-batch 1", 1),
