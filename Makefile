@@ -107,7 +107,6 @@ results: $(ENVIRONMENT) countdown/reference toy/values-32.json countdown/values-
 	$(RUN) -m experiments.adaptive toy/values-32.json countdown/values-32.json
 	$(RUN) -m experiments.compare
 	$(RUN) -m experiments.compare --rows controls --seeds 3
-	$(RUN) -m experiments.compare --rows same-rate --rates 1e-4 --kl-weight 1e-3 --seeds 3
 
 ablations: $(ENVIRONMENT) countdown/reference toy/reference
 	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3

@@ -5,7 +5,6 @@ Question: which algorithm reaches a given reward with the fewest tokens, and in 
 Command:  python -m experiments.countdown make           the task and its reference
           python -m experiments.compare
           python -m experiments.compare --rows controls --seeds 3
-          python -m experiments.compare --rows same-rate --rates 1e-4 --kl-weight 1e-3 --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
 Time:     hours on 2 cores. Two runs go at a time, with one thread each. Finished runs are kept, so
@@ -21,8 +20,8 @@ an eighth of the prompts. Each row of the comparison has its own learning rate a
 term. Four runs try two rates with two weights. If the best rate is the lowest or the highest of
 these, a fifth run tries half or twice that rate. The run that ends with the highest reward wins.
 The seed of these runs is used for nothing else. The other tables take rate and weight from the row
-that `tuned_as` names. With a single one in --rates nothing is tuned, and the weight is that of
---kl-weight, or the published one. With --tuned, rate and weight come from an earlier comparison.
+that `tuned_as` names. With a single one in --rates nothing is tuned, and the weight is the
+published one. With --tuned, rate and weight come from an earlier comparison.
 
 compare_results.py sums the runs up, and says what is in the results.
 """
@@ -230,7 +229,6 @@ PROCESS = [
 ]
 ROWS = {
     "compare": COMPARISON,
-    "same-rate": COMPARISON,  # with one learning rate and one KL weight for all: see the commands
     "controls": [
         *as_tuned_for("mean", A_STAR_PO_CONTROLS),
         *(GRPO_CLIPPED, REBEL_UNCLIPPED, PPO_LAMBDA_1),
@@ -420,8 +418,6 @@ def parse_args() -> argparse.Namespace:
         default=[1e-4, 2e-4],
         help="learning rates to try; a single one is used as it is, with the published KL weight",
     )
-    weight_help = "weight of the KL term for all rows; it needs a single one in --rates"
-    add("--kl-weight", type=command_line.positive_number, metavar="WEIGHT", help=weight_help)
     add("--goals", type=float, nargs="+", default=[0.25, 0.3, 0.35], help="rewards to be reached")
     no_seconds = "leave them out of table and picture, if other work ran beside some of the runs"
     add("--no-seconds", action="store_true", help=no_seconds)
@@ -453,10 +449,6 @@ def choose_settings(args: argparse.Namespace) -> list[Setting]:
     for name in args.only or []:
         if name not in settings:
             raise UserError(f"--only {name}: choose from {', '.join(settings)}")
-    if args.kl_weight is not None and (len(args.rates) > 1 or args.tuned is not None):
-        raise UserError("--kl-weight needs a single one in --rates, and no --tuned")
-    if args.rows == "same-rate" and args.kl_weight is None:
-        raise UserError("--rows same-rate needs --kl-weight and a single one in --rates")
     if args.rows == "process" and args.task != "none":
         raise UserError("--rows process needs --task none, see experiments/process.py")
     chosen = [settings[name] for name in dict.fromkeys(args.only or settings)]
@@ -475,14 +467,13 @@ def tune(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Tuned], 
 
     All pairs of a rate and a weight are tried. If the best rate is the lowest or the highest of
     them, half or twice that rate is tried as well, with the same weight. With a single rate,
-    nothing is tried, and the weight is that of --kl-weight, or the published one.
+    nothing is tried, and the weight is the published one.
     """
     weights_of = {setting.method: setting.kl_weight for setting in COMPARISON}
     if len(args.rates) == 1:
         chosen = {}
         for name in names:
-            weight = args.kl_weight or weights_of[name].published
-            chosen[name] = Tuned(args.rates[0], weight)
+            chosen[name] = Tuned(args.rates[0], weights_of[name].published)
         return chosen, []
     candidates = []
     for rate in args.rates:

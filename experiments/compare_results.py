@@ -457,9 +457,14 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
     note = "bar: ± 1 s.e." if has_errors else "one run each"
     title = "The reward at the end, by the age of the data"
     if has_errors:
-        leads = [data for data in ticks if v_star_leads(rows, data)]
-        title = f"V* is ahead with {', '.join(leads)}" if leads else "With no data is V* ahead"
-    finish(axes, title, "updates on each rollout", f"reward at the end ({note})")
+        leads = []
+        for data, label in ticks.items():
+            if v_star_leads(rows, data):
+                leads.append(label.replace("\n", " "))
+        title = (
+            f"V* is ahead with {', '.join(leads)}" if leads else "V* is ahead on none of this data"
+        )
+    finish(axes, title, "updates on each rollout, and replay", f"reward at the end ({note})")
     label_lines(axes, labels)
     save(figure, out)
 

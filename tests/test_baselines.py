@@ -715,13 +715,10 @@ def test_off_policy_data_is_drawn(tmp_path):
     assert (tmp_path / "off-policy.png").stat().st_size > 10_000
 
 
-def test_all_rows_may_have_one_rate_and_one_weight() -> None:
+def test_a_single_rate_is_not_tuned() -> None:
     names = [setting.method for setting in compare.COMPARISON]
-    args = SimpleNamespace(rates=[0.5], kl_weight=0.25)
-    tuned, lines = compare.tune(args, names)
-    assert tuned == dict.fromkeys(names, compare.Tuned(0.5, 0.25)) and lines == []
-    args.kl_weight = None
-    tuned, _ = compare.tune(args, names)
+    tuned, lines = compare.tune(SimpleNamespace(rates=[0.5]), names)
+    assert lines == [] and {pair.rate for pair in tuned.values()} == {0.5}
     assert tuned["a_star_po_n8"].kl_weight == 0.001 and tuned["grpo_8"].kl_weight == 0.04
 
 
