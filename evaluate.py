@@ -146,8 +146,8 @@ def pass_at_powers(rewards: list[list[float]], num_samples: int) -> dict[str, fl
 
     Example: n = 8 -> k = 1, 2, 4, 8. The keys are texts, as in JSON.
     """
-    powers = {2**i for i in range(num_samples.bit_length())}
     # k doubles, since what matters is how fast pass@k grows. The last one is n itself.
+    powers = {2**i for i in range(num_samples.bit_length())}
     table = {}
     for k in sorted(powers | {num_samples}):
         values = []
@@ -163,7 +163,7 @@ def grade_outputs(records: list[dict]) -> list[float]:
 
     A record has its dataset row under "row"; without one its answer is graded as mathematics.
     """
-    # All are submitted before the first result is asked for, so that the workers grade at once.
+    # All are submitted before the first result is asked for, so that the workers grade in parallel.
     futures = []
     for record in records:
         row = record.get("row") or {"id": record["id"], "answer": record["answer"]}
@@ -518,7 +518,10 @@ def save_benchmark(path: Path, records: list[dict], rows: list[dict]) -> dict:
 def sample_missing(
     args: argparse.Namespace, header: dict, benchmarks: dict[str, Benchmark]
 ) -> dict[str, dict]:
-    """Sample and score the benchmarks that OUT lacks; return the scores of all."""
+    """Sample and score the benchmarks that OUT lacks; rank 0 returns the scores of all.
+
+    All ranks call it together.
+    """
     out = Path(args.out)
     # What an earlier run has scored is not sampled again.
     done = engine.on_rank_0(read_summary, out, header, benchmarks)

@@ -44,8 +44,8 @@ def optimal_value(rewards: Tensor, beta1: float) -> Tensor:
         v_star = r.mean(dim=1)
     else:
         # With the best reward taken out, V* = best + beta1 ln(mean(exp((r - best) / beta1))). No
-        # exponent is above 0, so nothing overflows. For a large beta1 the mean is nearly 1, and
-        # expm1 and log1p keep its digits.
+        # exponent is above 0, so nothing overflows. For a large beta1 that mean is nearly 1. So
+        # expm1 computes mean - 1, and log1p adds the 1 back, without a loss of digits.
         best = r.amax(dim=1, keepdim=True)
         mean_excess = torch.expm1((r - best) / beta1).mean(dim=1)
         v_star = best[:, 0] + beta1 * torch.log1p(mean_excess)

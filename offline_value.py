@@ -6,7 +6,7 @@ and stage 2 regresses onto r - V*. In order:
 
 1. Load the prompts. Drop those whose answer cannot be graded, and those that are too long.
 2. Sample N responses to each from the reference, at top_p = 1: V* is an expectation under it. With
-   --max-value-samples, sample until each V* is exact enough instead.
+   --max-value-samples, sample each prompt until its V* is exact enough, or has that many.
 3. Score them. A response that does not end within --max-tokens earns 0, here as in training.
 4. Save {"header": {...}, "prompts": [...]}. A prompt has the raw rewards beside V*, so that stage
    2's --beta1 can compute another V* without sampling.

@@ -80,9 +80,9 @@ class Algorithm(NamedTuple):
 
     `a_star_po` is the one of the paper, and needs only a loss: V* is in MicroBatch.numbers for
     every algorithm. experiments/baselines.py has others, and shows what each needs beside its loss.
-    To try your own, write it below `a_star_po`. Leave that one as it is, since baselines.py and the
-    tests use it. Move here whatever you need from baselines.py, since that file imports this one.
-    To compare yours with the others, write it in baselines.py instead (experiments/README.md).
+    To try your own, write it below `a_star_po`, which baselines.py and the tests use as it is. If
+    you need a function of baselines.py, copy it here: that file imports this one. To compare yours
+    with the others, write it in baselines.py instead (experiments/README.md).
     """
 
     # From a micro-batch and ln pi of its response tokens (R,): the loss of each sequence (B,), and
@@ -269,7 +269,7 @@ class Run:
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     reference_folder: Path
-    last_step: int  # of the checkpoint that it continues from; 0 at the start
+    first_step: int  # 1, or the one after the checkpoint that it continues from
 
 
 def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -> None:
@@ -285,12 +285,12 @@ def train(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) ->
     # Sampling is as in stage 1, or V* would belong to another distribution.
     temperature = data.values.header["temperature"]
     max_tokens = data.values.header["max_tokens"]
-    if run.eval_prompts and run.last_step == 0:
+    if run.eval_prompts and run.first_step == 1:
         log_metrics(run, {"step": 0} | evaluate(run, max_tokens))
 
     stop_flag = command_line.StopFlag()
     stopped_by = 0
-    for step in range(run.last_step + 1, args.num_steps + 1):
+    for step in range(run.first_step, args.num_steps + 1):
         metrics = {"step": step, "lr": args.lr}
         start = time.perf_counter()
 
@@ -507,7 +507,7 @@ def check_metrics(metrics: dict[str, Any], temperature: float) -> None:
     # Dividing logits by a small temperature makes every difference larger.
     largest_gap = LARGEST_GAP / min(1.0, temperature)
     # `not <=` also catches NaN.
-    if not metrics.get("logprob_gap", 0.0) <= largest_gap:
+    if not metrics["logprob_gap"] <= largest_gap:
         raise UserError(
             f"step {metrics['step']}: logprob_gap {metrics['logprob_gap']:.3g} is over "
             f"{largest_gap:.3g}, so the engine samples from another distribution than the one that "
@@ -524,7 +524,7 @@ def finish(run: Run, args: argparse.Namespace, stopped_by: int) -> None:
     if not stopped_by:
         folder = Path(args.out, "final")
         # A run may be resumed with fewer steps than it has made.
-        step = max(run.last_step, args.num_steps)
+        step = max(run.first_step - 1, args.num_steps)
         save_final_model(folder, step, run.policy, run.reference_folder)
     if dist.get_rank() == 0:
         command_line.print_line(f"grading: {math_reward.counts}")
@@ -582,7 +582,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, algorithm: Algorithm) -
         prompts=data.prompts,
         eval_prompts=data.eval_prompts,
         reference_folder=reference,
-        last_step=progress.step,
+        first_step=progress.step + 1,
     )
 
 
@@ -670,9 +670,23 @@ def make_config(args: argparse.Namespace, data: TrainingData, algorithm: Algorit
     # Without the ids, which a file that has none gets from its name.
     eval_rows = [row | {"id": None} for row in data.eval_rows]
     config["eval_digest"] = files.content_digest(eval_rows)
-    # The function that made the loss: "a_star_po" for a_star_po.<locals>.loss.
-    config["algorithm_name"] = algorithm.loss.__qualname__.split(".")[0]
+    config["algorithm_name"] = name_of(algorithm)
     return config
+
+
+def name_of(algorithm: Algorithm) -> str:
+    """Name the functions that made the parts of an algorithm, to tell it from others on --resume.
+
+    Example: the loss a_star_po.<locals>.loss alone -> "a_star_po"; with another algorithm's
+    running.<locals>.credit -> "a_star_po+running".
+    """
+    names = []
+    for function in (algorithm.loss, algorithm.credit, algorithm.prepare):
+        if function is not None:
+            # A callable that is no function, such as functools.partial, has only its type's name.
+            full_name = getattr(function, "__qualname__", type(function).__qualname__)
+            names.append(full_name.split(".")[0])
+    return "+".join(dict.fromkeys(names))
 
 
 def check(args: argparse.Namespace) -> TrainingData:

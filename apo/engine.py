@@ -20,7 +20,6 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -63,8 +62,9 @@ def launch(tensor_parallel_size: int = 1) -> None:
     """Make this process one rank of a process group, with one rank for every visible GPU.
 
     On a machine with two or more GPUs the command starts itself again under torchrun, and this
-    process exits with torchrun's code. Each rank runs the script from the top, comes here with RANK
-    in its environment, and goes on. So call this when everything that can be checked is checked.
+    process exits as `restart_under_torchrun` says. Each rank runs the script from the top, comes
+    here with RANK in its environment, and goes on. So call this when everything that can be checked
+    is checked.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -184,15 +184,19 @@ def end_with_launcher() -> None:
 
     # Linux sends this process a SIGKILL when its parent, the launcher, dies.
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    # If the launcher died before that call, no signal will come. But its port is closed then, so
-    # that this connection fails and ends the rank with an error.
+    # If the launcher died before that call, no signal will come. But on the first machine its port
+    # is closed then, so that this connection fails and ends the rank with an error.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         socket.create_connection(address, timeout=60).close()
 
 
 def restart_under_torchrun(num_gpus: int) -> None:
-    """Run this very command once per GPU, and exit as it does."""
+    """Run this very command once per GPU, and exit.
+
+    The code is 0 if all ranks end well, 2 for a user's mistake, and 128 + the number of a stop
+    signal. It is 1 for any other failure.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import api, errors
 
@@ -226,7 +230,7 @@ def start_engine(
     tensor_parallel_size: int,
     **options: Any,
 ) -> Any:
-    """Start this rank's vLLM engine, the same in all stages. Every rank must call it together.
+    """Start this rank's vLLM engine. Every rank must call it together.
 
     `max_model_len` is the number of tokens of the longest prompt and response together; `options`
     are further arguments of vllm.LLM, such as the size of the KV cache (memory_budget.py).
@@ -540,7 +544,7 @@ RECORD_FIELDS = {
     "finished": bool,
     "tokens": int,
 }
-# This many responses of each engine tell whether the model ends its responses at all.
+# This many responses, saved ones first, tell whether the model ends its responses at all.
 NUM_FIRST = 100
 
 
@@ -559,11 +563,11 @@ def sample_all(
     """Draw counts[i] graded samples of prompt i, and return one record for each, in order.
 
     A record is {"id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens"}.
-    Every rank appends its records to OUT.partial/RANK.jsonl as they are graded. A run that was
-    killed and is started again with the same `identity` samples only what is missing; another
-    identity is a UserError that names the difference. With `must_finish` it is also a UserError if
-    nearly none of the first responses ends by itself. The caller saves the records and then calls
-    `remove_partial`. Every rank must call it together.
+    Every rank appends its records to OUT.partial/RANK.jsonl, each as soon as it is graded. A run
+    that was killed and is started again with the same `identity` samples only what is missing;
+    another identity is a UserError that names the difference. With `must_finish` it is also a
+    UserError if nearly none of the first responses ends by itself. The caller saves the records and
+    then calls `remove_partial`. Every rank must call it together.
     """
     import torch
     from tqdm import tqdm
@@ -578,17 +582,17 @@ def sample_all(
 
     requests = missing_requests(prompts, counts, done, seed)
 
-    share = share_of_requests(llm, len(requests))
+    own_places = share_of_requests(llm, len(requests))
     # Saved responses count as well. After a kill mostly long ones are missing, which alone would
     # look as if no response ended.
     ends_of_first = [record["finished"] for record in done.values()][:NUM_FIRST]
     first = set()
     if must_finish:
         check_endings(ends_of_first, max_tokens, folder)
-        first = set(share[: NUM_FIRST - len(ends_of_first)])
-    waiting = deque()
+        first = set(own_places[: NUM_FIRST - len(ends_of_first)])
+    ungraded = []
     new_records = []
-    with tqdm(total=len(share), unit=" responses", disable=rank > 0) as progress:
+    with tqdm(total=len(own_places), unit=" responses", disable=rank > 0) as progress:
 
         def save(response: Response) -> None:
             wait_for_reward(response)
@@ -602,11 +606,15 @@ def sample_all(
             if response.index in first:
                 ends_of_first.append(response.finished)
                 check_endings(ends_of_first, max_tokens, folder)
-            waiting.append(response)
-            while waiting and is_graded(waiting[0]):
-                save(waiting.popleft())
-        while waiting:
-            save(waiting.popleft())
+            waiting = [*ungraded, response]
+            ungraded = []
+            for other in waiting:
+                if is_graded(other):
+                    save(other)
+                else:
+                    ungraded.append(other)
+        for response in ungraded:
+            save(response)
     file.close()
 
     for records in from_all_ranks(new_records):
@@ -669,9 +677,9 @@ def partial_folder(out: Path) -> Path:
 
 
 def read_partial(folder: Path, identity: dict) -> list[dict]:
-    """Read what an earlier run left, and leave a note whose records these are.
+    """Read the records that an earlier run left; if there are none, write this run's identity.json.
 
-    Raises UserError if they are another run's.
+    Raises UserError if identity.json says that they are another run's.
     """
     note = folder / "identity.json"
     paths = sorted(folder.glob("*.jsonl"))
@@ -690,7 +698,7 @@ def read_partial(folder: Path, identity: dict) -> list[dict]:
 
 
 def is_whole(record: dict) -> bool:
-    """Say whether a record has all fields; what somebody has edited away is sampled again."""
+    """Say whether a record has all fields, of the right types. If not, it is sampled again."""
     for name, kind in RECORD_FIELDS.items():
         if name not in record or not isinstance(record[name], kind):
             return False

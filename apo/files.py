@@ -188,10 +188,11 @@ def check_writable(out: str | Path, is_folder: bool = False, flag: str = "--out"
     `is_folder` says whether `out` is to be a folder, or a file, and `flag` names it.
     """
     path = Path(out).absolute()
-    for part in path.parts:
+    for place in (path, *path.parents):
         # write_text adds some letters to a name until the file is whole.
-        if len(os.fsencode(f".{part}.unfinished")) > LONGEST_NAME:
-            raise UserError(f"{flag} cannot be written: the name {part:.40}... is too long")
+        is_too_long = len(os.fsencode(f".{place.name}.unfinished")) > LONGEST_NAME
+        if is_too_long and (place == path or not os.path.exists(place)):
+            raise UserError(f"{flag} cannot be written: the name {place.name:.40}... is too long")
     for place in (path, *path.parents):
         refuse_broken_link(place)
     partial = f"{path}.partial"

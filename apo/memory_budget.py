@@ -24,9 +24,9 @@ import losses
 
 GIB = 2**30
 BLOCK = 16  # tokens; vLLM hands the cache out in such blocks
-# The engine runs at most this many responses at once, and the cache has room for so many at their
-# full length. vLLM's own limit is 1024 on large cards. It counts the tokens of each response in a
-# row of the whole vocabulary, so that a lower limit saves memory as well.
+# The engine runs at most this many responses at once. If memory allows, the cache has room for so
+# many at their full length. vLLM's own limit is 1024 on large cards. It counts the tokens of each
+# response in a row of the whole vocabulary, so that a lower limit saves memory as well.
 MOST_AT_ONCE = 256
 # What no formula here covers: the CUDA context, workspaces of kernels, NCCL, the engine's CUDA
 # graphs, and memory lost to fragmentation. These two are a guess until they are measured.
@@ -309,9 +309,9 @@ def engine_options(budget: Budget, total: int) -> dict[str, Any]:
     share of `total`, which is all memory of the GPU, occupied or free. Here vLLM uses it for one
     thing only: it does not start unless that share is free.
     """
-    share = (budget.engine + budget.cache) / total
+    of_total = (budget.engine + budget.cache) / total
     return {
-        "gpu_memory_utilization": min(share, 1.0),
+        "gpu_memory_utilization": min(of_total, 1.0),
         "kv_cache_memory_bytes": budget.cache,
         "max_num_seqs": MOST_AT_ONCE,
         "enable_sleep_mode": budget.sleep_mode,

@@ -544,10 +544,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def is_whole_checkpoint(path: Path) -> bool:
+    """Say whether a folder step-N is undamaged and was saved at step N."""
+    return saved_step(path) == int(path.name.removeprefix("step-"))
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint. A damaged one is renamed damaged-*, with a message."""
     for path in list_checkpoints(folder):
-        if saved_step(path) == int(path.name.removeprefix("step-")):
+        if is_whole_checkpoint(path):
             return path
         damaged = path.with_name(f"damaged-{time.time():.0f}-{path.name}")
         path.rename(damaged)

@@ -184,7 +184,7 @@ WRITTEN_AS_TEXT = (Decimal, Fraction, date, time, timedelta, UUID, bytes)
 
 
 def find_task(name: str) -> str:
-    """Return the name of the task, in DATASETS, that scores the rows of `name`.
+    """Return the name of the task that scores the rows of `name`; `find_dataset` checks it.
 
     A local file given by its path is mathematics. Files of another task need an entry with
     {split} in its source.
@@ -307,7 +307,10 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def check_columns(rows: list, name: str) -> None:
-    """Raise UserError for the first row without a text "question" and a short "answer"."""
+    """Raise UserError for the first row without a text "question", or with no short "answer".
+
+    Not short is one that has its solution before it, as in OpenAI's file of GSM8K.
+    """
     hint = "(a file is mathematics; give another task by its name in apo/problems.py)"
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str):

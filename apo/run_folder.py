@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from apo import command_line, files
 from apo.engine import Response
 from apo.files import UserError
-from apo.policy import find_checkpoint, list_checkpoints, saved_step
+from apo.policy import find_checkpoint, is_whole_checkpoint, list_checkpoints, saved_step
 
 # What may be different on --resume: how long the run is, where its files lie, what it saves, and
 # how it uses memory and hardware. Nothing here changes what is computed. Everything else must stay,
@@ -74,8 +74,16 @@ def is_failed_start(out: Path) -> bool:
 def open_run(config: dict, log: "RunLog") -> Progress:
     """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
-    Raises UserError if another process has it, if it is a run with other settings or no run at all,
-    or if training would have to start again although there is a finished model.
+    final/                 checkpoints          outcome
+    of the last step       any                  finished
+    any other              one is whole         continue from the newest whole one
+    missing or damaged     never one            start at step 1
+    missing or damaged     all are damaged      start at step 1, with a message
+    missing or damaged     all were removed     UserError
+    of an earlier step     none is whole        UserError
+
+    Raises UserError as well if another process has the folder, or if it is a run with other
+    settings or no run at all.
     """
     out = Path(config["out"])
     if not (out / "config.json").exists():
@@ -96,9 +104,10 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     if final_step is not None and final_step >= config["num_steps"]:
         return Progress(True, None, final_step)
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
-    whole = [path for path in checkpoints if saved_step(path) is not None]
+    whole = [path for path in checkpoints if is_whole_checkpoint(path)]
     if had_checkpoints and not whole and final_step is None:
-        # Without this file a restart works even if a kill follows the renaming of damaged ones.
+        # The next statement renames all of them, since all are damaged. If a kill followed, the
+        # next start would take them for removed, but for the removal of this file here.
         (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
     checkpoint = find_checkpoint(out / "checkpoints")
     if final_step is None and (out / "final").exists():
@@ -110,7 +119,7 @@ def open_run(config: dict, log: "RunLog") -> Progress:
         )
     if checkpoint is None and had_checkpoints:
         print(f"{out} has no whole checkpoint: training starts again", file=sys.stderr)
-    if not had_checkpoints and final_step is None and (out / HAS_CHECKPOINTS).exists():
+    if not had_checkpoints and (out / HAS_CHECKPOINTS).exists():
         raise UserError(f"the checkpoints of {out} are gone: give another --out")
     step = saved_step(checkpoint) if checkpoint else 0
     if config["resume"] and not (out / "config.json").exists():  # it may be a mistyped --out
@@ -206,11 +215,11 @@ class RunLog:
         self.samples_file.flush()
 
     def describe(self, metrics: dict[str, Any]) -> str:
-        """Say in one line of at most COLUMNS how far the run is."""
+        """Say in one line how far the run is. What does not fit into COLUMNS is left out."""
         progress = f"step {metrics['step']}/{self.num_steps}"
         if "reward" not in metrics:  # step 0, the untrained model, has its evaluation alone
-            share = f"{metrics['eval_truncated']:.1%} truncated"
-            return f"{progress}  test {metrics['eval_accuracy']:.1%} ({share})"
+            truncated = f"{metrics['eval_truncated']:.1%} truncated"
+            return f"{progress}  test {metrics['eval_accuracy']:.1%} ({truncated})"
 
         self.seconds.append(metrics["seconds_total"])
         # The recent speed: responses grow longer or shorter while a model learns.
@@ -233,7 +242,7 @@ class RunLog:
 
 
 def step_of(line: bytes) -> int:
-    """Read the step of a line of a log; 0 for a line that somebody has damaged, which is kept."""
+    """Read the step of a line of a log; 0 for a line that somebody has damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -45,8 +45,8 @@ def load_values(path: str) -> Values:
     entries = check_entries(document, path)
     check_answers(entries, header["task"], path)
     style = PromptStyle.from_settings(header)
-    # What training reads of the prompts, and the two settings of sampling. The other settings that
-    # matter (model, task, prompt style) are in a run's config.json by name.
+    # What training reads of the prompts, and the two settings of sampling that decide V*. A run's
+    # config.json has all settings that matter by name as well.
     used = [{name: entry.get(name) for name in TRAINED_ON} for entry in entries]
     digest = files.content_digest([used, header["temperature"], header["max_tokens"]])
     return Values(header, entries, style, digest)
@@ -64,7 +64,8 @@ def check_header(document: dict, name: str) -> dict:
         value = header.get(field)
         highest = float("inf") if field == "beta1" else 1e9
         if not is_number(value) or not 0 < value <= highest:
-            raise UserError(f'{name}: "{field}" in its header is {value!r}, not a number above 0')
+            wanted = "a number above 0" if field == "beta1" else "a number above 0, up to 1e9"
+            raise UserError(f'{name}: "{field}" in its header is {value!r}, not {wanted}')
     if header["temperature"] < LOWEST_TEMPERATURE:
         raise UserError(
             f'{name}: "temperature" in its header is {header["temperature"]}, less than '

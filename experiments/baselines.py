@@ -60,7 +60,7 @@ LAMBDA = 0.95  # PPO's lambda of GAE
 PPO_CLIP_RATIO = 0.2
 PPO_CLIP_VALUE = 0.2
 REWARD_KL_WEIGHT = 0.05  # PPO and REBEL: of -ln(pi_t / pi_ref) in the reward, as in TRL
-CRITIC_LR = 10.0  # PPO: the critic's learning rate in units of --lr, as in verl (1e-5 and 1e-6)
+CRITIC_LR_FACTOR = 10.0  # PPO: the critic's rate in units of --lr, as in verl (1e-5 and 1e-6)
 USES_OF_ROLLOUT = 4  # `replay`: the number of steps that use a rollout
 DECAY_OF_ALL = 0.9  # `running`: weight of the past in the mean of all rewards, at each step
 DECAY_OF_PROMPT = 0.8  # the same in a prompt's mean, at each response to it
@@ -359,7 +359,8 @@ def whiten(batches: list[MicroBatch]) -> None:
     dist.all_reduce(sums)
     count, total, total_square = sums
     mean = total / count
-    variance = (total_square / count - mean.square()) * count / (count - 1)
+    # A step of a single token has the advantage 0.
+    variance = (total_square / count - mean.square()) * count / (count - 1).clamp(min=1)
     for batch in batches:
         centred = batch.extra["advantages"] - mean
         batch.extra["advantages"] = (centred * (variance + 1e-8).rsqrt()).float()
@@ -381,11 +382,12 @@ def ppo(args: argparse.Namespace, data: TrainingData) -> Algorithm:
             # Only now: on a GPU the engine must start before any of the trainer's models.
             folder = files.model_folder(data.values.header["model"])
             # With adapters the policy has just been called as the reference, which left its full
-            # weights gathered. Free them before the critic is loaded.
+            # weights gathered. They are plain tensors without a mesh, and take memory.
             reshard(policy)
             mesh = next(policy.parameters()).device_mesh
             critic = load_critic(folder, mesh, args.gradient_checkpointing)
-            optimizer = torch.optim.AdamW(critic.parameters(), CRITIC_LR * args.lr, fused=True)
+            critic_lr = CRITIC_LR_FACTOR * args.lr
+            optimizer = torch.optim.AdamW(critic.parameters(), critic_lr, fused=True)
 
         all_batches = [batch for batches in updates for batch in batches]
         with torch.no_grad():
@@ -446,7 +448,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--kl-weight",
         type=float,
-        help="weight of the KL term, if not that of the method's authors",
+        help="weight of the KL term, if not the published one (the head of this file)",
     )
     group.add_argument(
         "--gae-lambda",

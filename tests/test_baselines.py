@@ -200,6 +200,12 @@ def test_gae_is_trls(group):
     close(whitened.double(), packed(expected["whitened"]), 1e-6)
 
 
+def test_the_advantage_of_a_single_token_is_whitened_to_zero(group) -> None:
+    batch = SimpleNamespace(extra={"advantages": torch.tensor([0.7])}, weight=1.0)
+    baselines.whiten([batch])
+    assert batch.extra["advantages"].tolist() == [0.0]
+
+
 # ---------------------------------------------------------------------------------------------
 # A step's updates, on a model of two layers
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -408,6 +409,29 @@ def test_without_a_saved_response_other_settings_are_taken(tmp_path: Path) -> No
     (tmp_path / "0.jsonl").touch()
     assert engine.read_partial(tmp_path, {"seed": 1}) == []
     assert files.read_json(tmp_path / "identity.json") == {"seed": 1}
+
+
+def test_a_slow_reward_keeps_no_other_record_from_the_disk(
+    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "values.json.partial" / "0.jsonl"
+    slow = Future()
+
+    def sample_with_one_slow_reward(llm: Any, requests: list[Request], *_: object) -> Iterator:
+        for response in sample(llm, requests, 1.0, 20):
+            response.grade = Future()
+            response.grade.set_result(0.0)
+            if response.index == 0:
+                response.grade = slow
+            yield response
+        numbers = [(record["id"], record["sample"]) for record in read_lines(saved)]
+        assert len(numbers) == 11 and ("p0", 0) not in numbers
+        slow.set_result(1.0)
+
+    sample = engine.sample
+    monkeypatch.setattr(engine, "sample", sample_with_one_slow_reward)
+    records = sample_all(llm, tmp_path / "values.json")
+    assert [record["reward"] for record in records] == [1.0] + [0.0] * 11
 
 
 def test_what_another_run_left_is_refused_by_name(llm: Any, tmp_path: Path) -> None:

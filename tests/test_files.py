@@ -176,6 +176,9 @@ def test_a_place_where_nothing_can_be_written_is_found_early(tmp_path: Path) -> 
     for name in ("v" * 250, "v" * 300, "\N{GREEK SMALL LETTER BETA}" * 125):
         with pytest.raises(UserError, match="too long"):
             files.check_writable(tmp_path / name)
+    # A folder that exists may have the longest name: nothing is written in its place.
+    (tmp_path / ("v" * 255)).mkdir()
+    files.check_writable(tmp_path / ("v" * 255) / "values.json")
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
     for name in ("gone", "gone/values.json"):
         with pytest.raises(UserError, match=r"is a link to .*unmounted, which is not there"):

@@ -95,6 +95,14 @@ def test_without_any_whole_model_it_starts_again_and_says_so(
     assert resume(out) == Progress(False, None, 0), "killed at once, and started once more"
 
 
+def test_a_checkpoint_under_another_steps_name_is_damaged(out: Path) -> None:
+    remove(out / "final")
+    remove(out / "checkpoints" / "step-4")
+    (out / "checkpoints" / "step-2").rename(out / "checkpoints" / "step-3")
+    assert resume(out) == Progress(False, None, 0)
+    assert resume(out) == Progress(False, None, 0), "killed at once, and started once more"
+
+
 def test_a_run_whose_checkpoints_are_gone_keeps_its_logs(out: Path) -> None:
     """They may only have been moved, or lie on a disk that is not mounted."""
     remove(out / "final")

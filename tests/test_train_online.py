@@ -1,6 +1,7 @@
 """Stage 2 as a user runs it: ranks, weight sync, resuming, what it writes, and what a fork adds."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def test_training_samples_as_stage_1_did(monkeypatch: pytest.MonkeyPatch) -> Non
         raise Sampled
 
     prompts = [Prompt({"id": f"p{n}"}, "", [1]) for n in range(4)]
-    run = SimpleNamespace(llm=None, prompts=prompts, eval_prompts=[], last_step=0)
+    run = SimpleNamespace(llm=None, prompts=prompts, eval_prompts=[], first_step=1)
     monkeypatch.setattr(train_online, "set_up", lambda *args: run)
     monkeypatch.setattr(train_online.engine, "sample", sample)
     header = {"temperature": 0.7, "max_tokens": 9}
@@ -461,6 +462,17 @@ def test_config_has_the_flags_and_what_the_values_decide(
     assert config["prompt_template"] == problems.BOXED_TEMPLATE and config["task"] == "math"
     assert config["model_fingerprint"] == straight.values["header"]["model_fingerprint"]
     assert config["algorithm_name"] == "a_star_po", "so that another loss cannot --resume the run"
+
+
+def test_algorithms_that_share_a_loss_have_names_of_their_own() -> None:
+    def credit(responses: list[Response]) -> None: ...
+
+    a_star_po = train_online.a_star_po(0.001)
+    name = train_online.name_of(a_star_po._replace(credit=credit))
+    assert name.startswith("a_star_po+") and name != train_online.name_of(a_star_po)
+    assert (
+        train_online.name_of(train_online.Algorithm(functools.partial(a_star_po.loss))) == "partial"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
