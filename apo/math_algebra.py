@@ -197,7 +197,12 @@ def in_grammar(text: str) -> str:
     if TRIGONOMETRY.search(text):
         degree = r"\\cdot\\frac{\\pi}{180}"
     text = re.sub(r"\^\\circ", degree, text)
+    if number(text) is None:  # in a longer expression 2e-1 has Euler's number, and 1.5e-1 has not
+        text = re.sub(r"(?<![\d.])(\d+)e(?=-\d)", r"\1\\cdot e", text)
     text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
+    text = re.sub(r"(?<![\w.}^)])(\d+)\\frac\{(\d+)\}\{(\d+)\}", add_mixed, text)
+    text = re.sub(r"\)(?=\\frac)", r")\\cdot ", text)  # else (3)\frac{1}{2} is 3+1/2
+    text = re.sub(r"((?<!\^)\d|\))?\|([^|]+)\|", multiply_absolute, text)
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
     text = re.sub(r"((?<![_^\d])\d+|\))(?=\\binom)", r"\1\\cdot ", text)  # likewise
     text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac|\\binom)", r"\1\\cdot ", text)
@@ -209,6 +214,19 @@ def in_grammar(text: str) -> str:
     accent = r"\\(?:bar|hat|tilde|d?dot|vec) *\{?[a-zA-Z]\}?"
     subscript = r"'*(?:_(?:\w|\{[^{}]*\}))?'*"
     return re.sub(rf"({accent}|\\[a-zA-Z]+|[a-zA-Z]){subscript}", rename_symbol, text)
+
+
+def add_mixed(found: re.Match) -> str:
+    """Return the mixed number 3\\frac{1}{3} as (3+\\frac{1}{3}); a product as it is."""
+    whole, top, bottom = found.groups()
+    if int(top) >= int(bottom):
+        return found[0]
+    return rf"({whole}+\frac{{{top}}}{{{bottom}}})"
+
+
+def multiply_absolute(found: re.Match) -> str:
+    """Return 2|x| as 2\\cdot |x|: the parser would take |x|+2|y| for a product."""
+    return f"{found[1]}\\cdot |{found[2]}|" if found[1] else found[0]
 
 
 def rename_symbol(found: re.Match) -> str:

@@ -40,11 +40,14 @@ DEEPEST = 10
 PERCENT = r"%(?=$|[,)\]=]|\\text)"  # at the end of a value, or before a word
 # A choice and its value, \textbf{(C)} 12, C) 12 or \text{C. Tuesday}; and \text{Option C}.
 CHOICE = re.compile(
-    r"""(?: \\text\{ \(? ([A-E]) [).:]+ \}? | \(? ([A-E]) [).:]+ (?![\^_/*+]) )
+    r"""(?: \\text\{ \(? ([A-E]) [).:]+ [ ]* \}? | \(? ([A-E]) [).:]+ (?![\^_/*+]) )
     ((?: [^A-E] | (?<=[a-zA-Z]) [A-E] | [A-E] (?=[a-zA-Z]) )++)  # no second choice""",
     re.VERBOSE,
 )
-OPTION = re.compile(r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)[: ]*\(?([A-E])\)?\}?")
+OPTION = re.compile(
+    r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|(?:[Tt]he )?(?:correct )?[Aa]nswer(?: is)?)"
+    r"[: ]*\(?([A-E])\)?\.?\}?"
+)
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -257,6 +260,9 @@ def says_what(left_side: str) -> bool:
 # Comparison: two values, as text and as plain numbers ---------------------------------------------
 
 
+EULER = r"(?<![a-zA-Z\d])e(?![a-zA-Z])|\de(?![a-zA-Z]|-?\d)"  # as in 2e, but not in 2e-1
+
+
 def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
     """Compare two values or two equations."""
     gold, gold_unit = split_unit(gold)
@@ -273,6 +279,11 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
         return a == b or is_close(gold, pred, a, b)
     if is_text(gold) or is_text(pred):
         return False
+    # 2e-1 is 0.2, but beside -1+2e it has Euler's number.
+    if re.search(EULER, pred):
+        gold = re.sub(r"(?<=\d)e(?=-\d)", r"\\cdot e", gold)
+    if re.search(EULER, gold):
+        pred = re.sub(r"(?<=\d)e(?=-\d)", r"\\cdot e", pred)
     # Most wrong answers end here, which spares algebra. Price: x^0 and y^0 are not equal.
     if symbols(gold) != symbols(pred) or has_one_irrational(gold, pred):
         return False
@@ -341,8 +352,8 @@ def is_text(text: str) -> bool:
     """Say whether a value has nothing to compute with, or is too large for it."""
     commands = set(re.findall(r"\\([a-zA-Z]*)", text))
     has_other_sign = re.search(r"""[:#∞%≡≠<>≤≥~$"]""", text)
-    # 1 2, the point A1, and ABCD alone or at one side of an equation.
-    has_other_name = re.search(r"(?<!\^)\d \d|[A-Z]\d|(^|=)[A-Z]{2,}(=|$)", text)
+    # 1 2, the point A1, 52_8, and ABCD alone or at one side of an equation.
+    has_other_name = re.search(r"(?<!\^)\d \d|[A-Z]\d|\d_|(^|=)[A-Z]{2,}(=|$)", text)
     # sympy takes the greatest common divisor of two symbols for 1.
     has_symbolic_gcd = re.search(r"\\gcd *\(?[^()]*[a-zA-Z]", text)
     # The order of a cross product counts.

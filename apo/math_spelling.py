@@ -24,6 +24,7 @@ CHARACTER_TABLE = r"""
     Γ \Gamma   Λ \Lambda   Θ \Theta   Π \Pi   Ξ \Xi
     ∪ \cup   ∅ \emptyset   ∈ \in   ≠ \ne   ≈ \approx   … \ldots   ∕ /   （ (   ） )   ： :
     ⩽ \le   ⩾ \ge   ≦ \le   ≧ \ge   ⟨ \langle   ⟩ \rangle   ⌊ \lfloor   ⌋ \rfloor   º ^\circ
+    ⅕ \frac15   ⅖ \frac25   ⅗ \frac35   ⅘ \frac45   ⅙ \frac16   ⅜ \frac38   ⅝ \frac58   ⅞ \frac78
     ⅛ \frac18   ⅚ \frac56   ∶ :   ∖ \setminus   ′ '
     ℝ \mathbb{R}   ℤ \mathbb{Z}   ℕ \mathbb{N}   ℚ \mathbb{Q}   ｛ \{   ｝ \}   － -   ＋ +   ＝ =
 """
@@ -63,6 +64,7 @@ NEW_NAME = table(NAME_TABLE) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
 
 # Spelling: replacements that change no meaning ----------------------------------------------------
 
+STYLED = r"\\(?:mathbf|boldsymbol|bm|mathit|underline)|\\textcolor *\{\w*\}"
 ORDER = r"(?:[<>≤≥]|\\[lg](?:t|eq?|eqslant)(?![a-z]))"
 BOTH = r"\1\\wedge "  # x>1 and x<3 is not x>1 or x<3
 
@@ -94,6 +96,8 @@ def spell(text: str) -> str:
 def rename(text: str) -> str:
     """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
     text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
+    # Bold or coloured: \mathbf{1,234} is 1,234, but the braces of x^\mathbf{10} are needed.
+    text = re.sub(rf"(?<![\^_}}a-zA-Z])(?:{STYLED}) *\{{([^{{}}]*)\}}", r"\1", text)
     text = re.sub(r"\\not *=|(?<=\s)!=", "≠", text)  # 5!=120 is a factorial
     text = re.sub(r"\\not *\\", r"\\not", text)  # \not\in is \notin
     text = text.replace(">=", "≥").replace("<=", "≤")
@@ -156,7 +160,8 @@ DENIAL = r"""(?xi: \b(?:is|are|can)[ ]?not\b | \{[ ]*not\b | \bnot[ ]*[:}] | n['
 def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
     if not re.match(rf"\\text[^}}]*{DENIAL}", text):
-        text = re.sub(r"^\\text\{[^{}]*(\bis|\bare|:) *\}", "", text)
+        # \text{C: } is a choice.
+        text = re.sub(r"^\\text\{(?!\(?[A-E]\)?:)[^{}]*(\bis|\bare|:) *\}", "", text)
         text = re.sub(r"^\\text\{[^{}\d]*(?:\bis|\bare|:) *(-?\d[\d.,/]*)\.?\}$", r"\1", text)
     return re.sub(r"\\text\{ *\(?(since|because|where|for (any|all|every|some))\b.*", "", text)
 
@@ -182,6 +187,10 @@ def read_text(text: str) -> str:
 def read_numbers(text: str) -> str:
     """Give each kind of number one spelling: 1,234 is 1234, and 3.2E5 is 3.2e5."""
     text = join_thousands(text)
+    text = re.sub(
+        r"(?<=\d)(?:\^\{?\\text\{ *(?:th|st|nd|rd) *\}\}?|(?:th|st|nd|rd)\b)", "", text
+    )  # 12th
+    text = re.sub(r" *\\text\{ *\(?(?:in )?base[ -]?(\d+)\)? *\}$", r"_{\1}", text)
     power = r"(?: *\\(?:times|cdot) *10\^(?:\{-?\d+\}|\d))?"
     text = re.sub(rf"\$ *(-?[\d,.{{}}]*\d{power})", r"\1\\text{dollar}", text)  # $18.90
     text = re.sub(r"\\euro *([\d,.{}]*\d)", r"\1\\euro", text)  # €18.90
@@ -192,11 +201,13 @@ def read_numbers(text: str) -> str:
     text = re.sub(r"(?<!\d)0(?=\d:\d\d)", "", text)  # 05:00 is 5:00
     text = re.sub(r"(?<=\d)(?: to | *\\text\{ *to *\} *)(?=\d)", ":", text)  # 3 to 2 is 3:2
     # 0.\overline{3} is 0.333..., with more digits than any comparison looks at.
-    repeating = r"(\d*\.\d*)\\(?:overline|bar) *(?:\{(\d+)\}|(\d))"
+    repeating = r"(\d*\.\d*)\\(?:overline|bar|dot(?!.*\\dot)) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
     # Then the space says that it is not 1/(2x).
     text = re.sub(r"(?<![\w.^/}])(\d+)/(\d+) +(?=[a-zA-Z\\])", r"\\frac{\1}{\2}", text)  # 1/2 x
+    # 2e - 1 has Euler's number, and 2e-1 is 0.2 (math_equality.py says when not).
+    text = re.sub(r"(?<=\d)e(?= +-| *- +\d)", r"\\cdot e", text)
     # But in 3E8_{16} the E is a digit.
     return re.sub(r"(?<=\d)E\+?(?=-?\d)(?![\dA-Z]*\)?_)", "e", text)
 
@@ -257,7 +268,7 @@ def add_braces(text: str) -> str:
 def tighten(text: str) -> str:
     """Drop what changes nothing: most spaces, the sign of +5, a full stop at the end."""
     text = text.replace("**", "^")
-    text = re.sub(r"\^ *(\{ *\\circ *\}|\\circ)", r"^\\circ ", text)
+    text = re.sub(r"\^ *(\{ *(\\circ|o) *\}|\\circ|o\b)", r"^\\circ ", text)
     text = re.sub(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "", text)  # all but 1 2 and \sin x
     text = re.sub(r"(?<![\w)}\]!|'])\+", "", text)
     return text.lstrip("=").rstrip("\\ .,;:")
@@ -358,7 +369,7 @@ def split_list(text: str) -> list[str]:
         for condition in split_conditions(part):
             items += both_signs(condition)
     if gives_values(items):
-        values = [item[2:] for item in sorted(items)]
+        values = [item.partition("=")[2] for item in sorted(items)]
         return ["(" + ",".join(values) + ")"]
     return [without_brackets(read_inequality(item)) for item in items]
 
@@ -384,7 +395,7 @@ def gives_values(items: list[str]) -> bool:
 
     But x=1,x=2 gives two values to one name, which is a list.
     """
-    names = {item[0] for item in items if re.match("[a-z]=", item)}
+    names = {item.partition("=")[0] for item in items if re.match(r"([a-z]|\\[a-z]+)=", item)}
     return len(items) > 1 and len(names) == len(items)
 
 

@@ -15,8 +15,8 @@ UNIT_TABLE = """
     ms millisecond; min minute; h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph;
     degree deg circ; c celsius coulomb;
     f fahrenheit farad; k kelvin; n newton; j joule; w watt; hz hertz; v volt; a amp ampere;
-    pa pascal; mol mole; rad radian; dollar usd; euro eur; cent; am; pm; unit; / per; squares;
-    points; roots
+    pa pascal; mol mole; t tesla; molar; å angstrom; rad radian; dollar usd; euro eur; cent; am; pm;
+    unit; / per; squares; points; roots
 """
 UNITS = {}
 for row in UNIT_TABLE.split(";"):
@@ -50,7 +50,7 @@ UNIT = re.compile(
     )+ $""",
     re.VERBOSE,
 )
-BASE = re.compile(r"\(?([\dA-Z]*\d[\dA-Z]*)\)?_\{?\(?(\d+)\)?\}?")
+BASE = re.compile(r"\(?(-?[\dA-Z.]*\d[\dA-Z.]*)\)?_\{?\(?(\d+)\)?\}?")
 TRIGONOMETRY = re.compile(r"\\(sin|cos|tan|sec|csc|cot)(?![a-z])")
 
 
@@ -65,12 +65,17 @@ def split_unit(text: str) -> tuple[str, str]:
     # 5\text{ isn't the answer} and 5\text{ square roots}
     if re.search(r"n['’]t\b|\b(square|cube) (root|point)s", found[0]):
         return text, ""
+    if re.search(r"\\text\{ *k\b", found[0]):  # $5k is 5000
+        return text, ""
+    words = unit_words(found[0])
     names = []
-    for name in unit_words(found[0]):
+    for name in words:
         singular = name.removesuffix("s") if len(name) > 2 else name  # ms is not the plural of m
         known = UNITS.get(name) or UNITS.get(singular)
         is_counted = re.fullmatch(r"\\text\{ *(times|point|root) *\}", found[0].strip())
         if known is None and (name in NO_UNIT or singular in NO_UNIT) and not is_counted:
+            return text, ""
+        if known is None and words == [name] and len(name) == 1:  # 2\text{R} is a product
             return text, ""
         names.append(known or singular)
     value = text[: found.start()]
