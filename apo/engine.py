@@ -563,7 +563,7 @@ def sample_all(
     """Draw counts[i] graded samples of prompt i, and return one record for each, in order.
 
     A record is {"id", "sample", "prompt", "answer", "output", "reward", "finished", "tokens"}.
-    Every rank appends its records to OUT.partial/RANK.jsonl, each as soon as it is graded. A run
+    Every rank appends its records to OUT.partial/RANK.jsonl, each soon after it is graded. A run
     that was killed and is started again with the same `identity` samples only what is missing;
     another identity is a UserError that names the difference. With `must_finish` it is also a
     UserError if nearly none of the first responses ends by itself. The caller saves the records and

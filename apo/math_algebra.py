@@ -202,7 +202,7 @@ def in_grammar(text: str) -> str:
     text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
     text = re.sub(r"(?<![\w.}^)])(\d+)\\frac\{(\d+)\}\{(\d+)\}", add_mixed, text)
     text = re.sub(r"\)(?=\\frac)", r")\\cdot ", text)  # else (3)\frac{1}{2} is 3+1/2
-    text = re.sub(r"((?<!\^)\d|\))?\|([^|]+)\|", multiply_absolute, text)
+    text = re.sub(r"([\d)}]|\\pi *)?\|([^|]+)\|", multiply_absolute, text)
     text = re.sub(r"((?<![_^\d])\d+|\)|\\pi *)(?=\()", r"\1\\cdot ", text)  # else 2(3) is 2+3
     text = re.sub(r"((?<![_^\d])\d+|\))(?=\\binom)", r"\1\\cdot ", text)  # likewise
     text = re.sub(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=\d|\\frac|\\binom)", r"\1\\cdot ", text)
@@ -226,7 +226,10 @@ def add_mixed(found: re.Match) -> str:
 
 def multiply_absolute(found: re.Match) -> str:
     """Return 2|x| as 2\\cdot |x|: the parser would take |x|+2|y| for a product."""
-    return f"{found[1]}\\cdot |{found[2]}|" if found[1] else found[0]
+    before = found.string[: found.end(1)] if found[1] else ""
+    if not before or re.search(f"{CALLED}$", before):  # \log_{2}|x| is no product
+        return found[0]
+    return f"{found[1]}\\cdot |{found[2]}|"
 
 
 def rename_symbol(found: re.Match) -> str:

@@ -97,7 +97,7 @@ def rename(text: str) -> str:
     """Use one name for each command: \\dfrac is \\frac, the word pi is \\pi, \\left is nothing."""
     text = re.sub(r"(?<!\\)\$", "", text)  # $ around mathematics; \$ is a dollar
     # Bold or coloured: \mathbf{1,234} is 1,234, but the braces of x^\mathbf{10} are needed.
-    text = re.sub(rf"(?<![\^_}}a-zA-Z])(?:{STYLED}) *\{{([^{{}}]*)\}}", r"\1", text)
+    text = re.sub(rf"(?<![\^_}}\]a-zA-Z])(?:{STYLED}) *\{{([^{{}}]*)\}}", take_out, text)
     text = re.sub(r"\\not *=|(?<=\s)!=", "≠", text)  # 5!=120 is a factorial
     text = re.sub(r"\\not *\\", r"\\not", text)  # \not\in is \notin
     text = text.replace(">=", "≥").replace("<=", "≤")
@@ -110,6 +110,11 @@ def rename(text: str) -> str:
     text = re.sub(r"[\s~]+", " ", text).strip()
     text = re.sub(r"\\mathbb *([A-Z])", r"\\mathbb{\1}", text)
     return text.replace(r"\text {", r"\text{")
+
+
+def take_out(found: re.Match) -> str:
+    """Return what is in the braces, with a space behind a command: \\mathbf{\\pi}r is \\pi r."""
+    return found[1] + (" " if re.search(r"\\[a-zA-Z]+$", found[1]) else "")
 
 
 def read_matrices(text: str) -> str:
@@ -187,9 +192,8 @@ def read_text(text: str) -> str:
 def read_numbers(text: str) -> str:
     """Give each kind of number one spelling: 1,234 is 1234, and 3.2E5 is 3.2e5."""
     text = join_thousands(text)
-    text = re.sub(
-        r"(?<=\d)(?:\^\{?\\text\{ *(?:th|st|nd|rd) *\}\}?|(?:th|st|nd|rd)\b)", "", text
-    )  # 12th
+    text = re.sub(r"(?<=\d)\^\{?\\text\{ *(?:th|st|nd|rd) *\}\}?", "", text)  # 12^{\text{th}}
+    text = re.sub(r"^(\d*(?:1st|2nd|3rd|[04-9]th|1[1-3]th))$", lambda n: n[0][:-2], text)  # 12th
     text = re.sub(r" *\\text\{ *\(?(?:in )?base[ -]?(\d+)\)? *\}$", r"_{\1}", text)
     power = r"(?: *\\(?:times|cdot) *10\^(?:\{-?\d+\}|\d))?"
     text = re.sub(rf"\$ *(-?[\d,.{{}}]*\d{power})", r"\1\\text{dollar}", text)  # $18.90
@@ -369,7 +373,7 @@ def split_list(text: str) -> list[str]:
         for condition in split_conditions(part):
             items += both_signs(condition)
     if gives_values(items):
-        values = [item.partition("=")[2] for item in sorted(items)]
+        values = [item[2:] for item in sorted(items)]
         return ["(" + ",".join(values) + ")"]
     return [without_brackets(read_inequality(item)) for item in items]
 
@@ -395,7 +399,7 @@ def gives_values(items: list[str]) -> bool:
 
     But x=1,x=2 gives two values to one name, which is a list.
     """
-    names = {item.partition("=")[0] for item in items if re.match(r"([a-z]|\\[a-z]+)=", item)}
+    names = {item[0] for item in items if re.match("[a-z]=", item)}
     return len(items) > 1 and len(names) == len(items)
 
 

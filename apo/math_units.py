@@ -12,7 +12,7 @@ UNIT_TABLE = """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
     ft foot feet; in inch inche; yd yard; mi mile; kg kilogram kilos; g gram; mg milligram;
     lb pound; oz ounce; l liter litre; ml milliliter millilitre; gal gallon; s sec second;
-    ms millisecond; min minute; h hr hour; day d; wk week; yr year; km/h kmh; mi/h mph;
+    ms millisecond; min minute; h hr hour; day d; wk week; yr year y; km/h kmh; mi/h mph;
     degree deg circ; c celsius coulomb;
     f fahrenheit farad; k kelvin; n newton; j joule; w watt; hz hertz; v volt; a amp ampere;
     pa pascal; mol mole; t tesla; molar; å angstrom; rad radian; dollar usd; euro eur; cent; am; pm;

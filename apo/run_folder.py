@@ -75,15 +75,15 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     """Lock the run's folder for this process, and find where to continue. Rank 0 calls it.
 
     final/                 checkpoints          outcome
-    of the last step       any                  finished
+    of the last step       any                  finished (also if of a later one)
     any other              one is whole         continue from the newest whole one
     missing or damaged     never one            start at step 1
     missing or damaged     all are damaged      start at step 1, with a message
     missing or damaged     all were removed     UserError
     of an earlier step     none is whole        UserError
 
-    Raises UserError as well if another process has the folder, or if it is a run with other
-    settings or no run at all.
+    Raises UserError as well if another process has the folder, if it is a run with other settings
+    or no run at all, or if `checkpoints` is a file or a link to nothing.
     """
     out = Path(config["out"])
     if not (out / "config.json").exists():
@@ -106,8 +106,8 @@ def open_run(config: dict, log: "RunLog") -> Progress:
     # Not finished: --num-steps may have grown since, or the run was stopped or killed.
     whole = [path for path in checkpoints if is_whole_checkpoint(path)]
     if had_checkpoints and not whole and final_step is None:
-        # The next statement renames all of them, since all are damaged. If a kill followed, the
-        # next start would take them for removed, but for the removal of this file here.
+        # The next statement renames them all. If a kill followed and this file were still there,
+        # the next start would report the checkpoints as removed.
         (out / HAS_CHECKPOINTS).unlink(missing_ok=True)
     checkpoint = find_checkpoint(out / "checkpoints")
     if final_step is None and (out / "final").exists():
