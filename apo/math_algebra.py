@@ -197,8 +197,6 @@ def in_grammar(text: str) -> str:
     if TRIGONOMETRY.search(text):
         degree = r"\\cdot\\frac{\\pi}{180}"
     text = re.sub(r"\^\\circ", degree, text)
-    if number(text) is None:  # in a longer expression 2e-1 has Euler's number, and 1.5e-1 has not
-        text = re.sub(r"(?<![\d.])(\d+)e(?=-\d)", r"\1\\cdot e", text)
     text = re.sub(r"(?<=\d)e(-?\d+)", r"\\cdot 10^{\1}", text)
     text = re.sub(r"(?<![\w.}^)])(\d+)\\frac\{(\d+)\}\{(\d+)\}", add_mixed, text)
     text = re.sub(r"\)(?=\\frac)", r")\\cdot ", text)  # else (3)\frac{1}{2} is 3+1/2

@@ -260,9 +260,6 @@ def says_what(left_side: str) -> bool:
 # Comparison: two values, as text and as plain numbers ---------------------------------------------
 
 
-EULER = r"(?<![a-zA-Z\d])e(?![a-zA-Z])|\de(?![a-zA-Z]|-?\d)"  # as in 2e, but not in 2e-1
-
-
 def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
     """Compare two values or two equations."""
     gold, gold_unit = split_unit(gold)
@@ -279,15 +276,26 @@ def compare_values(gold: str, pred: str, algebra: Algebra) -> bool | None:
         return a == b or is_close(gold, pred, a, b)
     if is_text(gold) or is_text(pred):
         return False
-    # 2e-1 is 0.2, but beside -1+2e it has Euler's number.
-    if re.search(EULER, pred):
-        gold = re.sub(r"(?<=\d)e(?=-\d)", r"\\cdot e", gold)
-    if re.search(EULER, gold):
-        pred = re.sub(r"(?<=\d)e(?=-\d)", r"\\cdot e", pred)
     # Most wrong answers end here, which spares algebra. Price: x^0 and y^0 are not equal.
     if symbols(gold) != symbols(pred) or has_one_irrational(gold, pred):
         return False
-    return algebra(gold, pred)
+    return algebra(read_euler(gold, pred), read_euler(pred, gold))
+
+
+EULER = r"(?<![a-zA-Z\d])e(?![a-zA-Z])|\de(?![a-zA-Z]|-?\d)"  # as in 2e, but not in 2e-1
+
+
+def read_euler(text: str, other: str) -> str:
+    """Write 2e-1 as 2\\cdot e-1 where its e is Euler's number.
+
+    It is, if the other text has Euler's number, or in a longer text: e^2-2e-1. Else 2e-1 is 0.2.
+    1.5e-1 in a longer text stays 0.15.
+    """
+    if re.search(EULER, other):
+        return re.sub(r"(?<=\d)e(?=-\d)", r"\\cdot e", text)
+    if number(text) is None:
+        return re.sub(r"(?<![\d.])(\d+)e(?=-\d)", r"\1\\cdot e", text)
+    return text
 
 
 def same_words(gold: str, pred: str) -> bool:

@@ -49,8 +49,9 @@ NAME_TABLE = r"""
 DROPPED = r"""
     \left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \biggl \biggr \Biggl \Biggr
     \large \Large \displaystyle \textstyle \limits
-    \mathbf \boldsymbol \bm \mathit \rm \bf \underline \middle \! \( \)
+    \rm \bf \middle \! \( \)
 """
+STYLES = r"\mathbf \boldsymbol \bm \mathit \underline"  # dropped as well
 
 
 def table(rows: str) -> dict[str, str]:
@@ -60,11 +61,11 @@ def table(rows: str) -> dict[str, str]:
 
 
 LATEX_OF = str.maketrans({letter: word + " " for letter, word in table(CHARACTER_TABLE).items()})
-NEW_NAME = table(NAME_TABLE) | dict.fromkeys(DROPPED.split(), "") | {r"\ ": " "}
+NEW_NAME = table(NAME_TABLE) | dict.fromkeys(f"{DROPPED} {STYLES}".split(), "") | {r"\ ": " "}
 
 # Spelling: replacements that change no meaning ----------------------------------------------------
 
-STYLED = r"\\(?:mathbf|boldsymbol|bm|mathit|underline)|\\textcolor *\{\w*\}"
+STYLED = "|".join(map(re.escape, STYLES.split())) + r"|\\textcolor *\{\w*\}"
 ORDER = r"(?:[<>≤≥]|\\[lg](?:t|eq?|eqslant)(?![a-z]))"
 BOTH = r"\1\\wedge "  # x>1 and x<3 is not x>1 or x<3
 
@@ -210,7 +211,7 @@ def read_numbers(text: str) -> str:
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
     # Then the space says that it is not 1/(2x).
     text = re.sub(r"(?<![\w.^/}])(\d+)/(\d+) +(?=[a-zA-Z\\])", r"\\frac{\1}{\2}", text)  # 1/2 x
-    # 2e - 1 has Euler's number, and 2e-1 is 0.2 (math_equality.py says when not).
+    # 2e - 1 has Euler's number. `read_euler` of math_equality.py decides on 2e-1.
     text = re.sub(r"(?<=\d)e(?= +-| *- +\d)", r"\\cdot e", text)
     # But in 3E8_{16} the E is a digit.
     return re.sub(r"(?<=\d)E\+?(?=-?\d)(?![\dA-Z]*\)?_)", "e", text)

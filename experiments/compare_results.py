@@ -461,9 +461,9 @@ def draw_off_policy(results: list[dict], out: Path) -> None:
         for data, label in ticks.items():
             if v_star_leads(rows, data):
                 leads.append(label.replace("\n", " "))
-        title = (
-            f"V* is ahead with {', '.join(leads)}" if leads else "V* is ahead on none of this data"
-        )
+        title = "V* is ahead on none of this data"
+        if leads:
+            title = f"V* is ahead with {', '.join(leads)}"
     finish(axes, title, "updates on each rollout, and replay", f"reward at the end ({note})")
     label_lines(axes, labels)
     save(figure, out)
