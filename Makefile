@@ -9,6 +9,8 @@
 #                      where it was stopped)
 # make ablations       the ablations, off-policy data, and values after each line (about four hours,
 #                      as above)
+#                      To rehearse either in half an hour: FLAGS="--num-steps 2 --rollout-size 16
+#                      --seeds 1 --eval-samples 1 --work runs/rehearsal --out runs/rehearsal"
 # make clean           remove the environment, the models and the problems that the above made
 #
 # Each makes the environment in .venv/ first, if it is missing or older than its requirements file:
@@ -105,15 +107,18 @@ results: $(ENVIRONMENT) countdown/reference toy/values-32.json countdown/values-
 	$(RUN) -m experiments.theory
 	$(RUN) -m experiments.regret
 	$(RUN) -m experiments.adaptive toy/values-32.json countdown/values-32.json
-	$(RUN) -m experiments.compare
-	$(RUN) -m experiments.compare --rows controls --seeds 3
+	$(RUN) -m experiments.compare $(FLAGS)
+	$(RUN) -m experiments.compare --rows long --num-steps 300 --seeds 3 --goals .35 .4 .45 \
+	    --tuned experiments/results/compare.json --work runs/long $(FLAGS)
+	$(RUN) -m experiments.compare --rows controls --seeds 3 $(FLAGS)
 
 ablations: $(ENVIRONMENT) countdown/reference toy/reference
-	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
-	$(RUN) -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
+	$(RUN) -m experiments.compare --rows ablations --rates 1e-4 --seeds 3 $(FLAGS)
+	$(RUN) -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3 $(FLAGS)
 	$(RUN) -m experiments.compare --rows process --only response lines_2 --task none \
 	    --model toy/reference --dataset toy/train.jsonl --test toy/test.jsonl --max-tokens 128 \
-	    --rates 1e-4 --goals .7 .8 .9 --num-steps 40 --seeds 3 --eval-samples 8 --work runs/process
+	    --rates 1e-4 --goals .7 .8 .9 --num-steps 40 --seeds 3 --eval-samples 8 --work runs/process \
+	    $(FLAGS)
 
 countdown/reference: | $(ENVIRONMENT)
 	$(RUN) -m experiments.countdown make

@@ -689,16 +689,17 @@ def name_of(algorithm: Algorithm) -> str:
     return "+".join(dict.fromkeys(names))
 
 
-def check(args: argparse.Namespace) -> TrainingData:
+def check(args: argparse.Namespace, can_resume: bool = True) -> TrainingData:
     """Check the flags and load the data, before anything starts.
 
-    Raises UserError for the user's first mistake.
+    `can_resume` says whether the algorithm's runs can. Raises UserError for the user's first
+    mistake.
     """
-    check_flags(args)
+    check_flags(args, can_resume)
     return load_data(args)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace, can_resume: bool) -> None:
     """Raise UserError for flags that cannot work, whatever the values file holds."""
     if args.batch_size % args.updates_per_batch != 0:
         raise UserError(
@@ -708,7 +709,8 @@ def check_flags(args: argparse.Namespace) -> None:
     files.check_writable(args.out, is_folder=True)
     is_new = not any(Path(args.out).glob("*")) or is_failed_start(Path(args.out))
     if not args.resume and not is_new:
-        raise UserError(f"{args.out} is not empty: --resume the run, or give another --out")
+        advice = "--resume the run, or give" if can_resume else "give"
+        raise UserError(f"{args.out} is not empty: {advice} another --out")
     if args.tracker and not command_line.is_installed(args.tracker):
         raise UserError(f"--tracker {args.tracker}: install it first (pip install {args.tracker})")
     lora.check(args.lora_rank, args.offload_ref)

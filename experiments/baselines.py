@@ -496,9 +496,10 @@ def main() -> None:
     """Check, launch, train."""
     args = make_parser().parse_args()
     check_method(args)
-    data = train_online.check(args)
+    method = METHODS[args.method]
+    data = train_online.check(args, method.can_resume)
     engine.launch(args.tensor_parallel_size)
-    train_online.train(args, data, METHODS[args.method].make(args, data))
+    train_online.train(args, data, method.make(args, data))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def main() -> None:
             "process cannot --resume, because checkpoints do not hold the state of its sampling: "
             "start again with another --out"
         )
-    data = train_online.check(args)
+    data = train_online.check(args, can_resume=False)
     header = data.values.header
     if header["reward"] != problems.reward_name("math") or header["temperature"] != 1:
         raise files.UserError(

@@ -598,6 +598,16 @@ def test_a_method_refuses_what_it_cannot_do(flags, message, monkeypatch):
         baselines.main()
 
 
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_resume_is_advised_only_where_it_works(method, monkeypatch, tmp_path):
+    (tmp_path / "final").mkdir()
+    flags = ["--method", method, "--values", "none.json", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["baselines", *flags])
+    with pytest.raises(UserError, match="is not empty") as caught:
+        baselines.main()
+    assert ("--resume" in str(caught.value)) == baselines.METHODS[method].can_resume
+
+
 STEPS = "--batch-size 4 --num-steps 2 --lr 1e-3 --micro-batch-tokens 400 --eval-dataset none"
 RUNS = {
     "grpo": ("-m", "experiments.baselines", "--method", "grpo", "--samples-per-prompt", "4"),
@@ -790,7 +800,7 @@ def test_a_task_of_ones_own_runs_through_its_module():
     command = compare.stage_command(theirs, grpo)
     assert command == ["-m", "experiments.countdown", "baselines", "--method", "grpo"]
     assert compare.stage_command(ours, "process")[:2] == ["-m", "experiments.process"]
-    for name in ("compare", "controls", "ablations", "off-policy"):
+    for name in ("compare", "long", "controls", "ablations", "off-policy"):
         for setting in compare.ROWS[name]:
             assert setting.command.split()[0] in countdown.STAGES
 

@@ -93,6 +93,14 @@ def test_a_run_cannot_be_resumed(monkeypatch):
         process.main()
 
 
+def test_resume_is_not_advised(monkeypatch, tmp_path):
+    (tmp_path / "final").mkdir()
+    monkeypatch.setattr(sys, "argv", ["process", "--values", "none.json", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="is not empty") as caught:
+        process.main()
+    assert "--resume" not in str(caught.value)
+
+
 @pytest.fixture
 def algorithm(monkeypatch):
     """The algorithm without a model: its values are given."""
