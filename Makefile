@@ -108,7 +108,7 @@ results: $(ENVIRONMENT) countdown/reference toy/values-32.json countdown/values-
 	$(RUN) -m experiments.regret
 	$(RUN) -m experiments.adaptive toy/values-32.json countdown/values-32.json
 	$(RUN) -m experiments.compare $(FLAGS)
-	$(RUN) -m experiments.compare --rows long --num-steps 300 --seeds 3 --goals .35 .4 .45 \
+	$(RUN) -m experiments.compare --rows long --num-steps 200 --seeds 3 --goals .35 .4 \
 	    --tuned experiments/results/compare.json --work runs/long $(FLAGS)
 	$(RUN) -m experiments.compare --rows controls --seeds 3 $(FLAGS)
 

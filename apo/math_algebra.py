@@ -31,13 +31,22 @@ FAR_POINTS = ("9", "-9", *(f"whole {n}" for n in range(1, 9)))
 FAST_GROWTH = re.compile(r"!|\\binom|\\exp|\^\{?[^{}]*[a-zA-Z]|\\sqrt\[[^]]*[a-zA-Z]")
 
 
+# \lfloor n/2\rfloor is compared at whole numbers alone, since n is one by custom.
+WHOLE_PART = re.compile(r"\\[lr](floor|ceil)")
+WHOLE_SYMBOLS = {"k", "m", "n"}
+WHOLE_POINTS = tuple(f"whole {n}" for n in range(1, 41))
+
+
 def by_algebra(gold: str, pred: str) -> bool:
     """Compare two values, or two equations up to a factor, at POINTS; at FAR_POINTS if need be."""
-    golds = [evaluate(gold, point) for point in POINTS]
-    preds = [evaluate(pred, point) for point in POINTS]
-    is_equation = len(split(gold, "=")) > 1
     both = f"{gold} {pred}"
-    if KINKS.search(both) and symbols(gold) and not FAST_GROWTH.search(both):
+    is_whole = WHOLE_PART.search(both) and symbols(gold) and symbols(gold) <= WHOLE_SYMBOLS
+    is_whole = is_whole and not FAST_GROWTH.search(both)
+    points = WHOLE_POINTS if is_whole else POINTS
+    golds = [evaluate(gold, point) for point in points]
+    preds = [evaluate(pred, point) for point in points]
+    is_equation = len(split(gold, "=")) > 1
+    if KINKS.search(both) and symbols(gold) and not is_whole and not FAST_GROWTH.search(both):
         for point in FAR_POINTS:
             a = evaluate(gold, point)
             b = evaluate(pred, point)

@@ -48,6 +48,7 @@ OPTION = re.compile(
     r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|(?:[Tt]he )?(?:correct )?[Aa]nswer(?: is)?)"
     r"[: ]*\(?([A-E])\)?\.?\}?"
 )
+ARTICLE = r"(?i:^(?:an?|the) (?=[a-z]{3}))"  # \text{a parabola}
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -75,13 +76,23 @@ def decide(gold: str, box: str, algebra: Algebra) -> bool | None:
         return False
     if has_other_unit(gold, box):
         return False
+    pairs = [(gold, box), (read_coefficients(gold), read_coefficients(box))]
+    return any_of(compare_percentages(*pair, algebra) for pair in dict.fromkeys(pairs))
+
+
+def compare_percentages(gold: str, box: str, algebra: Algebra) -> bool | None:
+    """Compare two texts in which 50% may mean 50 or 0.5."""
     verdict = compare(re.sub(PERCENT, "", gold), re.sub(PERCENT, "", box), algebra)
-    # 50% may mean 50, as above, or 0.5.
     if verdict is False and "%" in gold + box:
         gold = re.sub(PERCENT, "/100", gold)
         box = re.sub(PERCENT, "/100", box)
         verdict = compare(gold, box, algebra)
     return verdict
+
+
+def read_coefficients(text: str) -> str:
+    """Read 1/2x as \\frac{1}{2}x: it may mean that, or \\frac{1}{2x}."""
+    return re.sub(r"(?<![\w.^/}])(\d+)/(\d+)(?=[a-zA-Z(]|\\[a-z])", r"\\frac{\1}{\2}", text)
 
 
 def has_other_unit(gold: str, box: str) -> bool:
@@ -150,14 +161,27 @@ def compare(gold: str, pred: str, algebra: Algebra) -> bool | None:
 
 
 def order_by_names(gold: str, pred: str) -> str:
-    """Return (5,3) for the response k=3,n=5 to the answer (n,k)=(5,3); any other as it is."""
-    found = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
+    """Return the values of k=3,n=5 in the order that the answer gives to their names.
+
+    That is (5,3) for the answer (n,k)=(5,3), and n=5,k=3 for n=6,k=3. For an answer without names,
+    A=3,B=5 is 3,5. Any other response is returned as it is.
+    """
     items = split(pred, ",")
     values = dict(item.partition("=")[::2] for item in items)
-    is_same = found and len(items) == len(values) and sorted(values) == sorted(found[1].split(","))
-    if not is_same or "" in values.values():
+    found = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
+    if "" in values.values():
         return pred
-    return "(" + ",".join(values[name] for name in found[1].split(",")) + ")"
+    is_plain_list = "=" not in gold and len(split(gold, ",")) > 1
+    if is_plain_list and all(re.fullmatch(r"[A-Z]|\\[a-z]+", name) for name in values):
+        return ",".join(values.values())
+    names = [item.partition("=")[0] for item in split(gold, ",")]
+    if found:
+        names = found[1].split(",")
+    if len(items) != len(values) or sorted(values) != sorted(names):
+        return pred
+    if found:
+        return "(" + ",".join(values[name] for name in names) + ")"
+    return ",".join(f"{name}={values[name]}" for name in names)
 
 
 def compare_lists(golds: list[str], preds: list[str], algebra: Algebra) -> bool | None:
@@ -304,8 +328,8 @@ def same_words(gold: str, pred: str) -> bool:
     Capital letters count in products of symbols: mgh is not Mgh. They do not count in \\text{}, in
     a word of four letters or more, in yes, no and odd, and for the choices A to D.
     """
-    gold_words = re.sub(IN_TEXT, r"\1", gold)
-    pred_words = re.sub(IN_TEXT, r"\1", pred)
+    gold_words = re.sub(ARTICLE, "", re.sub(IN_TEXT, r"\1", gold))
+    pred_words = re.sub(ARTICLE, "", re.sub(IN_TEXT, r"\1", pred))
     # 420 million is 420\text{million}.
     gold_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", gold_words)
     pred_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", pred_words)

@@ -107,10 +107,19 @@ def rename(text: str) -> str:
     text = re.sub(rf"({ORDER}[^,;]*?)(\\text *\{{ *and *\}}|\band\b)(?=[^,;]*?{ORDER})", BOTH, text)
     text = re.sub(r"\\?[a-zA-Z]+|\\.", lambda name: NEW_NAME.get(name[0], name[0]), text)
     text = re.sub(r"\\(text)?color *\{\w*\}", "", text)
+    text = re.sub(r"\^ *(?:\{((?: *\\prime)+) *\}|(\\prime))", count_primes, text)
+    text = re.sub(r"\( *\\text *\{ *([A-E]) *\} *\)", r"\\text{(\1)}", text)  # (\textbf{C})
+    if "mod" not in text:
+        text = re.sub(r"\\equiv(?![a-z])", "=", text)
     text = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", text, flags=re.IGNORECASE)  # 3 p.m.
     text = re.sub(r"[\s~]+", " ", text).strip()
     text = re.sub(r"\\mathbb *([A-Z])", r"\\mathbb{\1}", text)
     return text.replace(r"\text {", r"\text{")
+
+
+def count_primes(found: re.Match) -> str:
+    """Write y^{\\prime\\prime} as y''."""
+    return "'" * found[0].count(r"\prime")
 
 
 def take_out(found: re.Match) -> str:
@@ -163,13 +172,26 @@ DENIAL = r"""(?xi: \b(?:is|are|can)[ ]?not\b | \{[ ]*not\b | \bnot[ ]*[:}] | n['
     | \b(?:wrong|incorrect|never|but)\b )"""
 
 
+# The range of a variable behind an answer. rename writes x \in A as x = A.
+RANGE = re.compile(
+    r"""\ * (?: \\text\{ [ ]* (?: for | with | where | \( )? [ ]* \} | \\forall | \( | , )
+    [ ]* ([a-zA-Z]) [ ]* = [ ]* \\mathbb\{([ZR])\} [ ]* (?: \) | \\text\{ [ ]* \) [ ]* \} )? $""",
+    re.VERBOSE,
+)
+
+
 def drop_remarks(text: str) -> str:
     """Drop words around the answer: \\text{The answer is } 5, and 5 \\text{ since } x > 0."""
     if not re.match(rf"\\text[^}}]*{DENIAL}", text):
         # \text{C: } is a choice.
         text = re.sub(r"^\\text\{(?!\(?[A-E]\)?:)[^{}]*(\bis|\bare|:) *\}", "", text)
         text = re.sub(r"^\\text\{[^{}\d]*(?:\bis|\bare|:) *(-?\d[\d.,/]*)\.?\}$", r"\1", text)
-    return re.sub(r"\\text\{ *\(?(since|because|where|for (any|all|every|some))\b.*", "", text)
+    text = re.sub(r", *[a-z] *\\text\{ *(is|are|is an|is any) integers? *\}$", "", text)
+    # k\pi\text{ for }k\in\mathbb{Z} and k\pi (k\in\mathbb{Z}) are k\pi,k\in\mathbb{Z}.
+    text = re.sub(RANGE, r",\1=\\mathbb{\2}", text)
+    return re.sub(
+        r"\\text\{ *\(?(since|because|where|for (any|all|every|some|integers?))\b.*", "", text
+    )
 
 
 def read_text(text: str) -> str:
@@ -209,12 +231,28 @@ def read_numbers(text: str) -> str:
     repeating = r"(\d*\.\d*)\\(?:overline|bar|dot(?!.*\\dot)) *(?:\{(\d+)\}|(\d))"
     text = re.sub(repeating, lambda found: found[1] + 13 * (found[2] or found[3]), text)
     text = re.sub(r"(?<![\d.^])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)  # 1 1/2
-    # Then the space says that it is not 1/(2x).
-    text = re.sub(r"(?<![\w.^/}])(\d+)/(\d+) +(?=[a-zA-Z\\])", r"\\frac{\1}{\2}", text)  # 1/2 x
+    text = end_denominators(text)
     # 2e - 1 has Euler's number. `read_euler` of math_equality.py decides on 2e-1.
     text = re.sub(r"(?<=\d)e(?= +-| *- +\d)", r"\\cdot e", text)
+    text = re.sub(r"(\d\.\d+)e\+(?=\d\d)|(\d)e\+(?=0\d)", r"\1\2e", text)  # 4.5e+33, 1e+05
     # But in 3E8_{16} the E is a digit.
     return re.sub(r"(?<=\d)E\+?(?=-?\d)(?![\dA-Z]*\)?_)", "e", text)
+
+
+FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc|ln|log|exp)(?![a-z])"
+NEXT_FACTOR = rf"[a-zA-Z(]|{FUNCTION}|\\(?:frac|sqrt|pi|theta|omega|alpha|beta|mu|lambda)(?![a-z])"
+LETTER = r"(?:[a-zA-Z]|\\[a-z]+)(?:_\{?\w+\}?)?"
+
+
+def end_denominators(text: str) -> str:
+    """Say where a denominator ends: 1/2 x is \\frac{1}{2}x, and g/k \\sin t is g/k\\cdot\\sin t.
+
+    A number ends before a space, and a letter before a function and before a space and a bracket.
+    """
+    text = re.sub(r"(?<![\w.^/}])(\d+)/(\d+) +(?=[a-zA-Z\\])", r"\\frac{\1}{\2}", text)
+    text = re.sub(rf"(/ *\d+) +(?={NEXT_FACTOR})", r"\1\\cdot ", text)
+    text = re.sub(rf"(/ *{LETTER}) *(?={FUNCTION})", r"\1\\cdot ", text)
+    return re.sub(rf"(/ *{LETTER}) +(?=\()", r"\1\\cdot ", text)
 
 
 def join_thousands(text: str) -> str:
@@ -242,6 +280,7 @@ GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # braces that hold no more than one level 
 # A command without arguments, such as \pi.
 SYMBOL = r"\\(?!frac|binom|sqrt|text)[a-zA-Z]+(?![a-zA-Z]| *\{)"
 UNIT_TEXT = r"\\text\{[^{}]*\}"
+UNIT_PRODUCT = rf"(?:{UNIT_TEXT}(?: *\^ *(?:\{{-?\d\}}|\d))?(?: *\\cdot)? *)+"
 
 
 def add_braces(text: str) -> str:
@@ -254,13 +293,15 @@ def add_braces(text: str) -> str:
     text = re.sub(rf"((?:\\frac|\\binom) *{GROUP}) *(\w|{SYMBOL})", r"\1{\2}", text)
     text = re.sub(rf"\\sqrt *(\\frac{GROUP}{GROUP})", r"\\sqrt{\1}", text)
     # A fraction of units: m over s is m/s.
-    text = re.sub(rf"\\frac\{{({UNIT_TEXT})\}}\{{({UNIT_TEXT}[^{{}}]*)\}}", r"\1/\2", text)
+    text = re.sub(rf"\\frac *\{{ *({UNIT_PRODUCT})\}} *\{{ *({UNIT_PRODUCT})\}}", r"\1/\2", text)
+    text = re.sub(rf"(?<=\}})/ *\( *({UNIT_PRODUCT})\)", r"/\1", text)  # J/(mol K)
     text = re.sub(rf"\^ *(\\frac{GROUP}{GROUP})", r"^{\1}", text)
     text = re.sub(r"\^ *(-(?:\d+(?:\.\d+)?|[a-zA-Z]))", r"^{\1}", text)  # 10^-3
     # x^(n+1), but f^(4) is a derivative.
     text = re.sub(r"(?<![fghpq'])\^ *\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"(\\sqrt\[\w+\]) *(\w)", r"\1{\2}", text)
     text = re.sub(r"(\\(?:max|min|gcd)) *\{([^{}]*)\}", r"\1(\2)", text)
+    text = re.sub(r"([_^]) *\{(\w)\}(?=\d)", r"\1\2 ", text)  # x^{2}3 is x^2 3, and not x^23
     text = re.sub(r"([_^]) *\{(\w)\}", r"\1\2", text)  # x^{2} is x^2
     # C_n^3 is a binomial, but C_1^2 may be the square of a constant.
     text = re.sub(r"\bC_([a-z]|\{\d+\})\^(\w|\{\d+\})", r"\\binom{\1}{\2}", text)
@@ -302,6 +343,8 @@ def read_set(text: str) -> str:
     # The range of the k in 2k\pi says nothing. But of whole numbers above 2 it does.
     if whole and not re.search(rf"(?<![\w}}]){whole[1]}[<>≤≥]|[<>≤≥]{whole[1]}(?![\w+\\-])", text):
         text = text[: whole.start()]
+    # Nor does that of a real number: f(x)=x+1 for all real x.
+    text = re.sub(r"(?<=.),[a-z]=\\mathbb\{R\}$", "", text)
     if text == REALS:
         return "(-∞,∞)"
     if text == "{}":
@@ -373,9 +416,9 @@ def split_list(text: str) -> list[str]:
     for part in split(text, ","):
         for condition in split_conditions(part):
             items += both_signs(condition)
-    if gives_values(items):
-        values = [item[2:] for item in sorted(items)]
-        return ["(" + ",".join(values) + ")"]
+    systems = read_systems(items)
+    if systems:
+        return systems
     return [without_brackets(read_inequality(item)) for item in items]
 
 
@@ -395,13 +438,31 @@ def both_signs(text: str) -> list[str]:
     return both_signs(f"{before}{plus}{after}") + both_signs(f"{before}-{after}")
 
 
-def gives_values(items: list[str]) -> bool:
-    """Say whether each item gives a value to another name: y=2,x=1 is the tuple (1,2).
+# Names that stand in this order in a tuple, however they are written: y=2,x=1 is (1,2).
+ORDERED_NAMES = ("abcdefgh", "ijk", "mn", "pq", "rst", "uvw", "xyz", "ABCDEFGH", "MN", "PQ", "XYZ")
+ORDERED_COMMANDS = {r"\alpha", r"\beta", r"\gamma"}
 
-    But x=1,x=2 gives two values to one name, which is a list.
+
+def read_systems(items: list[str]) -> list[str]:
+    """Return (1,2) for y=2,x=1, and (1,2) and (3,4) for x=1,y=2,x=3,y=4; [] for other lists.
+
+    x=1,x=2 gives two values to one name, which is a list. Other names than ORDERED_NAMES stay in
+    the order in which they are written: m=3,b=1 is (3,1).
     """
-    names = {item[0] for item in items if re.match("[a-z]=", item)}
-    return len(items) > 1 and len(names) == len(items)
+    pairs = [re.fullmatch(r"([a-zA-Z]|\\[a-z]+)=(.*)", item) for item in items]
+    if None in pairs:
+        return []
+    names = {pair[1] for pair in pairs}
+    size = len(names)
+    is_ordered = any(names <= set(ordered) for ordered in (*ORDERED_NAMES, ORDERED_COMMANDS))
+    systems = []
+    for start in range(0, len(pairs), size):
+        system = {pair[1]: pair[2] for pair in pairs[start : start + size]}
+        if size == 1 or len(system) < size:
+            return []
+        values = [system[name] for name in sorted(system)] if is_ordered else system.values()
+        systems.append("(" + ",".join(values) + ")")
+    return systems
 
 
 # Inequalities -------------------------------------------------------------------------------------

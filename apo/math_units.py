@@ -9,7 +9,7 @@ import re
 
 # Units, each followed by other words for it, without the s of the plural: "inche" is inches.
 UNIT_TABLE = """
-    m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
+    m meter metre; ohm; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
     ft foot feet; in inch inche; yd yard; mi mile; kg kilogram kilos; g gram; mg milligram;
     lb pound; oz ounce; l liter litre; ml milliliter millilitre; gal gallon; s sec second;
     ms millisecond; min minute; h hr hour; day d; wk week; yr year y; km/h kmh; mi/h mph;
@@ -50,6 +50,18 @@ UNIT = re.compile(
     )+ $""",
     re.VERBOSE,
 )
+# Units with a command, and what they become behind a number.
+NUMBER = re.compile(r"(?:[-\d.,{}^ ]|\\(?:times|cdot|frac|sqrt|pi)(?![a-z]))*(?<=[\d}])")
+SYMBOL_UNITS = (
+    # \text{k\Omega}, then \Omega and \text{k}\Omega
+    (r"\\text\{ ?([kMGm]?) ?\\Omega ?\}", r"\\text{\1ohm}"),
+    (r"(?:\\text\{ ?([kMGm]) ?\})?(?<!\{)\\Omega(?![a-zA-Z_])", r"\\text{\1ohm}"),
+    # \mu\text{m}
+    (r"\\mu ?\\text\{", r"\\text{\\mu "),
+    # M_\odot, the mass of the sun
+    (r"^ ?(?:\\text\{ ?)?([MLR])\}?_\{?\\?(odot|oplus|sun|Jup)\}?$", r"\\text{\1 \2}"),
+    (r"\\mathring *\{?A\}?", r"\\text{å}"),
+)
 BASE = re.compile(r"\(?(-?[\dA-Z.]*\d[\dA-Z.]*)\)?_\{?\(?(\d+)\)?\}?")
 TRIGONOMETRY = re.compile(r"\\(sin|cos|tan|sec|csc|cot)(?![a-z])")
 
@@ -59,6 +71,26 @@ def split_unit(text: str) -> tuple[str, str]:
     base = BASE.fullmatch(text)
     if base:
         return base[1], "base " + base[2]
+    value, unit = split_words(write_out_symbols(text))
+    return (value, unit) if unit else (text, "")
+
+
+def write_out_symbols(text: str) -> str:
+    """Return 10\\text{ohm} for 10\\Omega, and the same for SYMBOL_UNITS behind other numbers."""
+    number = NUMBER.match(text)
+    if number is None:
+        return text
+    rest = text[number.end() :]
+    # Behind a whole number, \mu m may be a coefficient of friction times a mass.
+    if re.search(r"\.|10\^", number[0]):
+        rest = re.sub(r"^\\mu ?([a-zA-Z])$", r"\\text{\\mu \1}", rest)
+    for symbol, unit in SYMBOL_UNITS:
+        rest = re.sub(symbol, unit, rest)
+    return number[0] + rest
+
+
+def split_words(text: str) -> tuple[str, str]:
+    """Split 5\\text{square feet} into 5 and ft2; the unit is empty if there is none."""
     found = UNIT.search(text)
     if found is None or found.start() == 0 or TRIGONOMETRY.search(text):
         return text, ""
@@ -107,7 +139,7 @@ def is_product(value: str, unit: str) -> bool:
 
 def unit_words(unit: str) -> list[str]:
     """Return the words and powers of a unit: ft 2 for \\text{sq.ft}, and m / s for m s^{-1}."""
-    unit = re.sub(r"\bM(?=([A-Z]|Hz|Pa|m)\b)", "mega", unit)  # MW is not mW
+    unit = re.sub(r"\bM(?=([A-Z]|Hz|Pa|m|ohm)\b)", "mega", unit)  # MW is not mW
     unit = re.sub(r"(\w\w)\.", r"\1 ", unit.lower())  # sq.ft
     unit = re.sub(r"\\text|\\cdot|\.", "", unit)
     unit = unit.replace("''", "in").replace("'", "ft")

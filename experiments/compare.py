@@ -4,8 +4,8 @@ Question: which algorithm reaches a given reward with the fewest tokens, and in 
           do V*, N and off-policy data do for A*-PO?
 Command:  python -m experiments.countdown make           the task and its reference
           python -m experiments.compare
-          python -m experiments.compare --rows long --num-steps 300 --seeds 3 \
-              --goals .35 .4 .45 --tuned experiments/results/compare.json --work runs/long
+          python -m experiments.compare --rows long --num-steps 200 --seeds 3 \
+              --goals .35 .4 --tuned experiments/results/compare.json --work runs/long
           python -m experiments.compare --rows controls --seeds 3
           python -m experiments.compare --rows ablations --rates 1e-4 --seeds 3
           python -m experiments.compare --rows off-policy --rates 1e-4 --seeds 3
