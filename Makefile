@@ -5,7 +5,7 @@
 # make test            the tests
 # make lint            lint and format
 # make test-faults     every fault: kills, damage, full disks, bad input (an hour)
-# make results         the theory and the comparison (about six hours on two fast cores; it goes on
+# make results         the theory and the comparison (about seven hours on two fast cores; it goes on
 #                      where it was stopped)
 # make ablations       the ablations, off-policy data, and values after each line (about four hours,
 #                      as above)

@@ -336,7 +336,8 @@ def draw_comparison(
         draw_rewards(axes, runs_of, cost)
         x_label = f"{UNITS[cost].name}, stage 1 included"
         finish(axes, title_of(results, cost, goal), x_label, "")
-    panels[0].set_ylabel("reward of the training responses (band: ± 1 s.e.)", fontsize=8.5)
+    note = "band: ± 1 s.e." if results[0]["seeds"] > 1 else "one run each"
+    panels[0].set_ylabel(f"reward of the training responses ({note})", fontsize=8.5)
     name_lines(panels[-1], list(runs_of))
     save(figure, out)
 
