@@ -168,20 +168,19 @@ def order_by_names(gold: str, pred: str) -> str:
     """
     items = split(pred, ",")
     values = dict(item.partition("=")[::2] for item in items)
-    found = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
-    if "" in values.values():
+    if len(values) < len(items) or "" in values.values():
         return pred
     is_plain_list = "=" not in gold and len(split(gold, ",")) > 1
     if is_plain_list and all(re.fullmatch(r"[A-Z]|\\[a-z]+", name) for name in values):
         return ",".join(values.values())
-    names = [item.partition("=")[0] for item in split(gold, ",")]
-    if found:
-        names = found[1].split(",")
-    if len(items) != len(values) or sorted(values) != sorted(names):
-        return pred
-    if found:
-        return "(" + ",".join(values[name] for name in names) + ")"
-    return ",".join(f"{name}={values[name]}" for name in names)
+    tuple_of_names = re.match(r"\(([a-zA-Z](?:,[a-zA-Z])+)\)=", gold)
+    if tuple_of_names:
+        names = tuple_of_names[1].split(",")
+        ordered = "(" + ",".join(values.get(name, "") for name in names) + ")"
+    else:
+        names = [item.partition("=")[0] for item in split(gold, ",")]
+        ordered = ",".join(f"{name}={values.get(name)}" for name in names)
+    return ordered if sorted(names) == sorted(values) else pred
 
 
 def compare_lists(golds: list[str], preds: list[str], algebra: Algebra) -> bool | None:
