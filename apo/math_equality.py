@@ -48,7 +48,7 @@ OPTION = re.compile(
     r"(?:\\text\{)?(?:[Oo]ption|[Cc]hoice|(?:[Tt]he )?(?:correct )?[Aa]nswer(?: is)?)"
     r"[: ]*\(?([A-E])\)?\.?\}?"
 )
-ARTICLE = r"(?i:^(?:an?|the) (?=[a-z]{3}))"  # \text{a parabola}
+ARTICLE = r"^\\text\{(?:[Aa]n?|[Tt]he) (?=[a-zA-Z]{3})"  # \text{a parabola}
 IN_TEXT = r"\\text\{\(?([^{}]*?)[).]*\}"  # \text{word}, \text{(word)}
 Algebra = Callable[[str, str], bool | None]
 
@@ -327,8 +327,8 @@ def same_words(gold: str, pred: str) -> bool:
     Capital letters count in products of symbols: mgh is not Mgh. They do not count in \\text{}, in
     a word of four letters or more, in yes, no and odd, and for the choices A to D.
     """
-    gold_words = re.sub(ARTICLE, "", re.sub(IN_TEXT, r"\1", gold))
-    pred_words = re.sub(ARTICLE, "", re.sub(IN_TEXT, r"\1", pred))
+    gold_words = re.sub(IN_TEXT, r"\1", re.sub(ARTICLE, r"\\text{", gold))
+    pred_words = re.sub(IN_TEXT, r"\1", re.sub(ARTICLE, r"\\text{", pred))
     # 420 million is 420\text{million}.
     gold_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", gold_words)
     pred_words = re.sub(r"(?<=\d) (?=[a-zA-Z])", "", pred_words)
